@@ -1,0 +1,20 @@
+"""Lossless speculative decoding with several drafts: token ids in, accepted ids out."""
+
+from specdecode.backends.backend import ModelBackend, create_backend
+from specdecode.decoding.loop import generate, speculative_decode, step
+from specdecode.decoding.metrics import DecodingMetrics
+from specdecode.decoding.sequence import Draft, Round, Route, SamplingParams, Sequence
+
+__all__ = [
+    "DecodingMetrics",
+    "Draft",
+    "ModelBackend",
+    "Round",
+    "Route",
+    "SamplingParams",
+    "Sequence",
+    "create_backend",
+    "generate",
+    "speculative_decode",
+    "step",
+]

@@ -1,0 +1,122 @@
+"""Tokens in, logits out: the one seam to any model, and the function that opens a model by its name.
+
+Nothing here knows of drafts, acceptance or requests.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import torch
+from pydantic import Field
+
+from specdecode.config import StrictModel
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence of a ragged batch.
+
+    Attributes:
+        id: names the sequence from call to call, so that a backend may remember what it computed for it.
+        tokens: the whole sequence, never only its new part.
+        num_scored: how many trailing positions to return logits for; 0 only warms the backend's memory.
+    """
+
+    id: str
+    tokens: list[int]
+    num_scored: int
+
+
+@runtime_checkable
+class ModelBackend(Protocol):
+    """A causal language model as a function from token sequences to next-token logits.
+
+    Whatever a backend remembers between calls is a memo: dropping it may cost time and never changes a result.
+
+    Attributes:
+        name: what the model was opened as.
+        vocab_size: the width of the logits.
+        max_length: the longest sequence, in tokens, that the model takes.
+        eos_token_ids: tokens that end a generation.
+    """
+
+    name: str
+    vocab_size: int
+    max_length: int
+    eos_token_ids: frozenset[int]
+
+    @property
+    def vocabulary_id(self) -> str:
+        """Equal for two models exactly if the same id means the same token in both."""
+        ...
+
+    def logits(self, rows: Sequence[Row]) -> torch.Tensor:
+        """Scores the last `num_scored` positions of each row; the logits at a position are those of the token after it.
+
+        Returns:
+            [sum(num_scored), vocab_size], the rows' positions one after the other.
+        """
+        ...
+
+
+class ModelConfig(StrictModel):
+    """How a model is opened."""
+
+    model: str = Field(description="a Hugging Face name, a local checkpoint folder, or an embedded model such as tiny/target")
+    dtype: str = Field(
+        default="auto",
+        pattern="^(auto|float32|float16|bfloat16)$",
+        description="auto: as stored on a GPU, float32 on a CPU",
+    )
+    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
+    attention: str = Field(default="sdpa", pattern="^(sdpa|eager)$", description="the attention implementation")
+    max_length: int | None = Field(
+        default=None, gt=0, description="the longest sequence in tokens; the model's own limit if unset"
+    )
+    max_rows: int = Field(default=64, gt=0, description="how many sequences the key-value cache remembers at the most")
+    prefill_chunk: int = Field(default=512, gt=0, description="how many prompt tokens one forward pass takes at the most")
+
+
+def create_backend(
+    name_or_path: str | Path,
+    dtype: str | torch.dtype = "auto",
+    device: str = "auto",
+    *,
+    attention: str = "sdpa",
+    max_length: int | None = None,
+    max_rows: int = 64,
+    prefill_chunk: int = 512,
+) -> ModelBackend:
+    """Opens a Hugging Face causal language model by its hub name, a checkpoint folder, or an embedded model's name.
+
+    Args:
+        name_or_path: such as "Qwen/Qwen2.5-7B", "checkpoints/draft-code/best" or "tiny/target".
+        dtype: "float32", "bfloat16" or "float16"; "auto" is the stored one on a GPU and float32 on a CPU.
+        device: "cpu", "cuda", "cuda:1"; "auto" is the first GPU if there is one.
+        attention: "sdpa" or "eager".
+        max_length: the longest sequence, in tokens; the model's own limit if None.
+        max_rows: how many sequences the key-value cache remembers at the most.
+        prefill_chunk: how many prompt tokens one forward pass takes at the most.
+
+    Raises:
+        ModelError: there is no such model, or it is none that can be decoded.
+    """
+    from specdecode.backends.huggingface import HuggingFaceBackend  # transformers takes seconds to import
+
+    return HuggingFaceBackend(
+        str(name_or_path),
+        dtype=dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch."),
+        device=device,
+        attention=attention,
+        max_length=max_length,
+        max_rows=max_rows,
+        prefill_chunk=prefill_chunk,
+    )
+
+
+def open_model(config: ModelConfig) -> ModelBackend:
+    """Opens the model that `config` describes."""
+    options = config.model_dump()
+    return create_backend(options.pop("model"), **options)

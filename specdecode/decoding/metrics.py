@@ -1,0 +1,79 @@
+"""Rounds in, figures out: sums and counts, divided once."""
+
+from dataclasses import dataclass, field
+
+from specdecode.decoding.sequence import Round
+
+
+@dataclass
+class DecodingMetrics:
+    """What decoding one or more sequences took.
+
+    Attributes:
+        num_target_passes: rounds, each of which is one forward pass of the target for the sequence.
+        num_drafts: rounds in which something was drafted.
+        num_drafted: tokens drafted.
+        num_accepted: drafted tokens that stand in the output.
+        num_generated: tokens in the output.
+        num_drafted_at: for each position of a draft, how often something was drafted there.
+        num_accepted_at: for each position of a draft, how often what was drafted there stands in the output.
+        draft_time_s, verify_time_s: time spent drafting, and scoring and accepting.
+        time_to_first_token_s, total_time_s: from the start to the first round's end, and to the last one's.
+    """
+
+    num_target_passes: int = 0
+    num_drafts: int = 0
+    num_drafted: int = 0
+    num_accepted: int = 0
+    num_generated: int = 0
+    num_drafted_at: list[int] = field(default_factory=list)
+    num_accepted_at: list[int] = field(default_factory=list)
+    draft_time_s: float = 0.0
+    verify_time_s: float = 0.0
+    time_to_first_token_s: float = 0.0
+    total_time_s: float = 0.0
+
+    def add(self, round: Round, elapsed_s: float) -> None:
+        """Counts one round, which ended `elapsed_s` after the start."""
+        if self.num_target_passes == 0:
+            self.time_to_first_token_s = elapsed_s
+        self.num_target_passes += 1
+        self.num_drafts += round.num_drafted > 0
+        self.num_drafted += round.num_drafted
+        self.num_accepted += round.num_accepted
+        self.num_generated += len(round.tokens)
+        _count_up_to(self.num_drafted_at, round.num_drafted)
+        _count_up_to(self.num_accepted_at, round.num_accepted)
+        self.draft_time_s += round.draft_time_s
+        self.verify_time_s += round.verify_time_s
+        self.total_time_s = elapsed_s
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens over wall time."""
+        return _ratio(self.num_generated, self.total_time_s)
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted over drafted tokens; 0 if nothing was drafted."""
+        return _ratio(self.num_accepted, self.num_drafted)
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """Tokens that a draft yields on average, the target's own one included; 1 if nothing was drafted."""
+        return 1 + _ratio(self.num_accepted, self.num_drafts)
+
+    @property
+    def tokens_per_target_pass(self) -> float:
+        """Generated tokens over the target's forward passes."""
+        return _ratio(self.num_generated, self.num_target_passes)
+
+
+def _count_up_to(counts: list[int], length: int) -> None:
+    counts.extend([0] * (length - len(counts)))
+    for position in range(length):
+        counts[position] += 1
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator else 0.0
