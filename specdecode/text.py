@@ -1,7 +1,10 @@
 """Text to token ids and back: all that knows a tokenizer. Knows no model."""
 
+import hashlib
+import json
 from collections.abc import Sequence
-from typing import Any
+from functools import cached_property
+from typing import Any, Protocol
 
 from transformers import AutoTokenizer
 
@@ -9,6 +12,28 @@ from specdecode.embedded import resolve_model
 from specdecode.errors import ModelError, RequestError
 
 _INCOMPLETE = "\ufffd"  # what a tokenizer makes of bytes that are not a whole character
+
+
+class HasVocabulary(Protocol):
+    """A model, or its tokenizer, whose token ids mean something; the same as another's exactly if `vocabulary_id` is equal."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        ...
+
+    @property
+    def vocabulary_id(self) -> str:
+        """A digest of what each token id means."""
+        ...
+
+
+def check_same_vocabulary(draft: HasVocabulary, target: HasVocabulary) -> None:
+    """Raises a `ModelError` unless the draft means by its token ids what the target means."""
+    if draft.vocabulary_id != target.vocabulary_id:
+        raise ModelError(
+            f"draft {draft.name!r} has another vocabulary than target {target.name!r}: expected the same tokenizer"
+        )
 
 
 class Tokenizer:
@@ -27,6 +52,11 @@ class Tokenizer:
             self._tokenizer = AutoTokenizer.from_pretrained(resolve_model(name_or_path))
         except (OSError, ValueError) as error:
             raise ModelError(f"tokenizer of {name_or_path!r} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+
+    @cached_property
+    def vocabulary_id(self) -> str:
+        """A digest of the vocabulary."""
+        return hashlib.sha256(json.dumps(sorted(self._tokenizer.get_vocab().items())).encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """Turns a raw prompt into ids, with the special tokens that the model expects around it."""

@@ -1,20 +1,19 @@
 """Any transformers causal language model: a ragged batch of tokens in, logits out, one forward pass."""
 
 import contextlib
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from specdecode.backends.backend import Row
 from specdecode.backends.kv_cache import RowCache
 from specdecode.embedded import resolve_model
 from specdecode.errors import ModelError
+from specdecode.text import Tokenizer
 
 _MASKED_KINDS = {"full_attention", "sliding_attention"}
 
@@ -55,11 +54,9 @@ class HuggingFaceBackend:
     def vocabulary_id(self) -> str:
         """A digest of the tokenizer's vocabulary; the vocabulary's size where there is no tokenizer."""
         try:
-            with _quiet_loading():
-                vocabulary = AutoTokenizer.from_pretrained(self._folder).get_vocab()
-        except (OSError, ValueError):
+            return Tokenizer(self.name).vocabulary_id
+        except ModelError:
             return f"{self.vocab_size} tokens"
-        return hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()
 
     @torch.inference_mode()
     def logits(self, rows: Sequence[Row]) -> torch.Tensor:

@@ -15,7 +15,8 @@ from specdecode.decoding.metrics import DecodingMetrics
 from specdecode.decoding.sampling import probabilities
 from specdecode.decoding.sequence import Draft, FinishReason, Round, Route, SamplingParams, Sequence
 from specdecode.decoding.verification import Block, RejectionVerifier, Verifier, accept
-from specdecode.errors import ModelError, RequestError
+from specdecode.errors import RequestError
+from specdecode.text import check_same_vocabulary
 
 
 @torch.inference_mode()
@@ -105,14 +106,8 @@ def as_drafter(draft: ModelBackend | Drafter | None, target: ModelBackend) -> Dr
         return NoDrafter()
     if not isinstance(draft, ModelBackend):
         return draft
-    check_vocabulary(draft.name, draft.vocabulary_id, target)
+    check_same_vocabulary(draft, target)
     return ModelDrafter(draft, vocab_size=min(draft.vocab_size, target.vocab_size))
-
-
-def check_vocabulary(name: str, vocabulary_id: str, target: ModelBackend) -> None:
-    """Raises a `ModelError` unless the draft model `name` means by its token ids what the target means."""
-    if vocabulary_id != target.vocabulary_id:
-        raise ModelError(f"draft {name!r} has another vocabulary than target {target.name!r}: expected the same tokenizer")
 
 
 def check_length(sequence: Sequence, target: ModelBackend) -> None:

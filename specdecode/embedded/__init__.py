@@ -2,9 +2,22 @@
 
 from pathlib import Path
 
+from specdecode.errors import ModelError
+
+FAMILY = "tiny"
+
 
 def resolve_model(name_or_path: str) -> str:
-    """Turns an embedded model's name into its folder; leaves every other name as it is."""
-    folder = Path(__file__).parent / name_or_path
-    is_embedded = name_or_path.startswith("tiny/") and folder.is_dir()
-    return str(folder) if is_embedded else name_or_path
+    """Turns an embedded model's name into its folder; leaves every other name as it is.
+
+    Raises:
+        ModelError: the name is one of the embedded family, which has no such member.
+    """
+    family, _, member = name_or_path.partition("/")
+    if family != FAMILY or Path(name_or_path).is_dir():
+        return name_or_path
+    members = {folder.parent.name: folder.parent for folder in Path(__file__).parent.glob(f"{FAMILY}/*/config.json")}
+    if member not in members:
+        names = ", ".join(f"{FAMILY}/{name}" for name in sorted(members))
+        raise ModelError(f"model {name_or_path!r} does not exist: the embedded models are {names}")
+    return str(members[member])

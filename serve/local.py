@@ -1,0 +1,134 @@
+"""Deploys a Serve config file from this process, on a local Ray or on the cluster at RAY_ADDRESS."""
+
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Since 2.59 a local Ray asks for a token unless it is told otherwise; this one listens on loopback only.
+if "RAY_ADDRESS" not in os.environ:
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+
+import ray
+from pydantic import ValidationError
+from ray import serve
+from ray.serve.schema import ServeDeploySchema
+
+from serve.app import build, check_vocabularies
+from serve.config import ServeConfig
+from specdecode.config import check_config, describe_validation_error, read_yaml
+from specdecode.errors import ConfigError
+
+IMPORT_PATH = "serve.app:build"
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What a Serve config file says.
+
+    Attributes:
+        name: of the application.
+        route_prefix: of its routes.
+        config: the arguments of `serve.app:build`.
+        host, port: where the HTTP proxy listens.
+        proxy_location: on which nodes it does.
+    """
+
+    name: str
+    route_prefix: str
+    config: ServeConfig
+    host: str
+    port: int
+    proxy_location: str
+
+    @property
+    def url(self) -> str:
+        """The endpoint's address, as an OpenAI client's base URL without /v1."""
+        host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
+        return f"http://{host}:{self.port}{self.route_prefix.rstrip('/')}"
+
+
+def load_deployment(path: str | Path, port: int | None = None) -> Deployment:
+    """Reads a Serve config file that holds one application of ours; `port` overrides its HTTP port.
+
+    Raises:
+        ConfigError: it is no such file; the message is one line.
+        ModelError: a draft does not fit the target.
+    """
+    values = read_yaml(path)
+    try:
+        schema = ServeDeploySchema.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {describe_validation_error(error)}") from error
+    if len(schema.applications) != 1 or schema.applications[0].import_path != IMPORT_PATH:
+        raise ConfigError(f"{path}: applications: expected exactly one, with import_path {IMPORT_PATH}")
+    application = schema.applications[0]
+    config = check_config(dict(application.args), ServeConfig, where=f"{path}: applications.0.args")
+    check_vocabularies(config)
+    return Deployment(
+        name=application.name,
+        route_prefix=application.route_prefix or "/",
+        config=config,
+        host=schema.http_options.host,
+        port=schema.http_options.port if port is None else port,
+        proxy_location=schema.proxy_location.value,
+    )
+
+
+@contextmanager
+def deployed(deployment: Deployment, *, quiet: bool = False) -> Iterator[str]:
+    """Deploys, waits until it answers, and yields the dashboard's address; takes everything down again at the end.
+
+    Ray is started on this machine unless RAY_ADDRESS names a cluster or this process is connected to one already.
+    """
+    is_ours = not ray.is_initialized()
+    if is_ours:
+        _connect(deployment, quiet)
+    try:
+        serve.start(proxy_location=deployment.proxy_location, http_options={"host": deployment.host, "port": deployment.port})
+        serve.run(build(deployment.config), name=deployment.name, route_prefix=deployment.route_prefix)
+        yield dashboard_url()
+    finally:
+        serve.shutdown()
+        if is_ours:
+            ray.shutdown()
+
+
+def dashboard_url() -> str:
+    """The Ray dashboard's address; empty if there is none."""
+    url = ray.get_runtime_context().gcs_address and ray._private.worker.get_dashboard_url()
+    return f"http://{url}" if url else ""
+
+
+def wait_for_signal() -> None:
+    """Returns when the process is asked to end, by Ctrl-C or SIGTERM."""
+    asked = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: asked.set())
+    asked.wait()
+
+
+def _connect(deployment: Deployment, quiet: bool) -> None:
+    options: dict[str, Any] = {"log_to_driver": not quiet, "logging_level": logging.WARNING if quiet else logging.INFO}
+    if "RAY_ADDRESS" in os.environ:
+        ray.init(**options)
+        return
+    _check_port(deployment)
+    ray.init(address="local", include_dashboard=True, dashboard_host="127.0.0.1", **options)
+
+
+def _check_port(deployment: Deployment) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((deployment.host, deployment.port))
+        except OSError as error:
+            raise ConfigError(
+                f"http_options.port: expected a free port on {deployment.host}, got {deployment.port}: {error.strerror}"
+            ) from error
