@@ -46,7 +46,8 @@ def probabilities(logits: torch.Tensor, params: Sequence[SamplingParams]) -> tor
     temperature = logits.new_tensor([[row.temperature] for row in params])
     is_greedy = temperature == 0
     most_likely = torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-    scaled = logits / temperature.masked_fill(is_greedy, 1.0)
+    # The largest logit becomes 0, which no temperature, however small, turns into infinity.
+    scaled = (logits - logits.amax(-1, keepdim=True)) / temperature.masked_fill(is_greedy, 1.0)
     kept = _keep_top_p(_keep_top_k(scaled, [row.top_k for row in params]), [row.top_p for row in params])
     return torch.where(is_greedy, most_likely, kept.softmax(-1))
 
@@ -68,7 +69,8 @@ def _keep_top_p(logits: torch.Tensor, top_p: Sequence[float]) -> torch.Tensor:
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     p = ordered.softmax(-1)
     before = p.cumsum(-1) - p  # the probability of all tokens that are more likely
-    is_dropped = before >= logits.new_tensor(top_p)[:, None]
+    limit = logits.new_tensor(top_p)[:, None]
+    is_dropped = (before >= limit) & (limit < 1)  # `before` rounds to 1 in front of tokens that a row without top-p keeps
     is_dropped[:, 0] = False
     return logits.masked_fill(is_dropped.gather(-1, order.argsort(-1)), -torch.inf)
 
