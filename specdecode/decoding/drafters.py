@@ -47,13 +47,14 @@ class ModelDrafter:
         """See `Drafter.propose`."""
         ks = [self._k(sequence) for sequence in sequences]
         longest = max(ks)
+        size = self._support if any(sequence.params.temperature > 0 for sequence in sequences) else 1
         u = uniforms([s.seed for s in sequences], [len(s.tokens) for s in sequences], Purpose.DRAFT, longest)
         tokens: list[list[int]] = [[] for _ in sequences]
         steps: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in sequences]
         for offset in range(longest):
             active = [index for index, k in enumerate(ks) if k > offset]
             rows = [Row(sequences[i].id, sequences[i].tokens + tokens[i], 1) for i in active]
-            drawn, support, q = self._step(rows, [sequences[i] for i in active], u[active, offset])
+            drawn, support, q = self._step(rows, [sequences[i] for i in active], size, u[active, offset])
             for place, index in enumerate(active):
                 tokens[index].append(drawn[place])
                 steps[index].append((support[place], q[place]))
@@ -63,12 +64,11 @@ class ModelDrafter:
         return max(0, min(sequence.num_wanted, self.backend.max_length - len(sequence.tokens)))
 
     def _step(
-        self, rows: list[Row], sequences: list[Sequence], u: torch.Tensor
+        self, rows: list[Row], sequences: list[Sequence], size: int, u: torch.Tensor
     ) -> tuple[list[int], torch.Tensor, torch.Tensor]:
-        """Drafts one token for each row; returns the tokens and their q, [rows, m]."""
+        """Drafts one token for each row; returns the tokens and their q, [rows, m], m at the most `size`."""
         params = [sequence.params for sequence in sequences]
         logits = self.backend.logits(rows)[:, : self._vocab_size]
-        size = self._support if any(row.temperature > 0 for row in params) else 1
         support, q = sparsify(probabilities(logits, params), size)
         drawn = support.gather(-1, sample(q, u)[:, None]).squeeze(-1)
         return drawn.tolist(), support.cpu(), q.cpu()
