@@ -81,8 +81,11 @@ def speculative_decode(
         RequestError: a parameter is out of its range, or prompt and `max_new_tokens` exceed the target's context.
         ModelError: the two models do not share a vocabulary.
     """
-    if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.is_floating_point():
-        raise RequestError(f"input_ids: expected token ids of shape [1, n], got {list(input_ids.shape)}", "input_ids")
+    if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.dtype not in (torch.int64, torch.int32):
+        raise RequestError(
+            f"input_ids: expected a LongTensor of shape [1, n], got {input_ids.dtype} of shape {list(input_ids.shape)}",
+            param="input_ids",
+        )
     params = SamplingParams(
         temperature=temperature,
         top_p=top_p,
