@@ -61,6 +61,8 @@ class ModelDrafter:
         return [_draft(drafted, parts) for drafted, parts in zip(tokens, steps, strict=True)]
 
     def _k(self, sequence: Sequence) -> int:
+        if max(sequence.tokens) >= self.backend.vocab_size:  # the target may know tokens that the draft does not
+            return 0
         return max(0, min(sequence.num_wanted, self.backend.max_length - len(sequence.tokens)))
 
     def _step(
