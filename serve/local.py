@@ -95,7 +95,7 @@ def deployed(deployment: Deployment, *, quiet: bool = False) -> Iterator[str]:
         serve.run(build(deployment.config), name=deployment.name, route_prefix=deployment.route_prefix)
         yield dashboard_url()
     finally:
-        serve.shutdown()
+        serve.delete(deployment.name)  # lets running requests end
         if is_ours:
             ray.shutdown()
 

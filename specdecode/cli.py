@@ -1,13 +1,17 @@
 """The command line: arguments in, one call out. The only place that prints for people."""
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Sequence as Arguments
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
 
 from pydantic import Field
 
-from specdecode.config import StrictModel, check_config, read_yaml
+from specdecode.config import StrictModel, check_config, load_config, read_yaml
 from specdecode.errors import UserError
 
 
@@ -60,6 +64,12 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, help="makes sampling repeatable")
     generate.add_argument("--dtype", help="auto, float32, bfloat16 or float16 (default auto)")
     generate.add_argument("--device", help="auto, cpu, cuda or cuda:N (default auto)")
+
+    benchmark = commands.add_parser("benchmark", help="compare drafts with plain decoding, prompt by prompt in turns")
+    benchmark.set_defaults(run=_benchmark)
+    benchmark.add_argument("--config", required=True, help="such as configs/tiny/benchmark.yaml")
+    benchmark.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the file")
+    benchmark.add_argument("--output", help="write one JSON line per generation to this file")
 
     serve = commands.add_parser("serve", help="deploy on Ray Serve, and stay up until Ctrl-C")
     serve.set_defaults(run=_serve)
@@ -118,6 +128,36 @@ def _generate_config(parsed: argparse.Namespace) -> GenerateConfig:
     given = {name: getattr(parsed, name) for name in GenerateConfig.model_fields}
     values.update({name: value for name, value in given.items() if value is not None})
     return check_config(values, GenerateConfig, where=parsed.config or "generate")
+
+
+def _benchmark(parsed: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from specdecode.evaluation.speed import SpeedConfig, measure_speed, summarise
+
+    records = []
+    with Path(parsed.output).open("w", encoding="utf-8") if parsed.output else nullcontext() as file:
+        for record in measure_speed(load_config(parsed.config, SpeedConfig, parsed.set)):
+            records.append(record)
+            if file:
+                print(json.dumps(asdict(record)), file=file, flush=True)
+    table = Table(box=None)
+    for heading in ("domain", "draft", "acceptance", "tokens/pass", "tok/s", "speed-up", "draft ms", "verify ms", "different"):
+        table.add_column(heading, justify="left" if heading in ("domain", "draft") else "right", no_wrap=True)
+    for row in summarise(records):
+        table.add_row(
+            row.domain,
+            row.draft,
+            f"{row.acceptance_rate:.3f}",
+            f"{row.tokens_per_target_pass:.2f}",
+            f"{row.tokens_per_second:.1f}",
+            f"{row.speed_up:.2f}x",
+            f"{row.draft_ms:.2f}",
+            f"{row.verify_ms:.2f}",
+            str(row.num_different),
+        )
+    Console(width=120 if not sys.stdout.isatty() else None).print(table)
 
 
 def _serve(parsed: argparse.Namespace) -> None:

@@ -1,0 +1,32 @@
+# Every target makes the environment first where it is missing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+ONCE ?=
+
+.PHONY: install demo serve test lint bench
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/specdecode demo --config configs/tiny/serve.yaml $(if $(ONCE),--once)
+
+serve: $(STAMP)
+	$(BIN)/specdecode serve --config configs/tiny/serve.yaml
+
+test: $(STAMP)
+	$(BIN)/pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/specdecode benchmark --config configs/tiny/benchmark.yaml
