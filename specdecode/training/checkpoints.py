@@ -1,0 +1,69 @@
+"""Models and tokenizers in and out of Hugging Face folders."""
+
+import copy
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from specdecode.errors import ModelError
+
+
+def load_model(name_or_path: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Loads a causal language model by its Hugging Face name or from a local folder.
+
+    Raises:
+        ModelError: there is no such model, or it does not load.
+    """
+    try:
+        return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model {name_or_path}: does not load: {_first_line(error)}") from error
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+    """Loads a tokenizer by its Hugging Face name or from a local folder.
+
+    Raises:
+        ModelError: there is no such tokenizer, or it does not load.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"tokenizer {name_or_path}: does not load: {_first_line(error)}") from error
+
+
+def keep_first_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
+    """Drops in place all but the first `num_layers` decoder layers; embeddings, norm and head stay.
+
+    Raises:
+        ModelError: the model has fewer layers.
+    """
+    if num_layers > model.config.num_hidden_layers:
+        raise ModelError(f"num_layers: expected at most the model's {model.config.num_hidden_layers}, got {num_layers}")
+    decoder = model.get_decoder()
+    decoder.layers = decoder.layers[:num_layers]
+    model.config.num_hidden_layers = num_layers
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = model.config.layer_types[:num_layers]
+    return model
+
+
+def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes a plain Hugging Face folder with bfloat16 weights; the model in memory keeps its own precision."""
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)  # a copy keeps tied weights tied: stored once
+    save_tokenizer(tokenizer, folder)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Saves in Hugging Face's format, with `tokenizer.json` on one line: a third of its usual size."""
+    tokenizer.save_pretrained(folder)
+    path = Path(folder) / "tokenizer.json"
+    if path.exists():
+        content = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0]

@@ -1,0 +1,55 @@
+"""Documents in, prompts out in exactly the form in which they are served. Knows nothing of models."""
+
+import itertools
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from specdecode.training.blocks import encode_chat, encode_text
+from specdecode.training.documents import Document
+
+_DEFINITION = re.compile(r"^[ \t]*(?:async def|def|class)\b", re.MULTILINE)
+_MAX_PREFIX_LINES = 16
+
+
+def sample_prompts(
+    documents: Sequence[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    num_prompts: int,
+    max_length: int,
+    rng: np.random.Generator,
+) -> list[list[int]]:
+    """Draws `num_prompts` prompts of at most `max_length` ids, from documents in random order, again and again."""
+    prompts: list[list[int]] = []
+    for _ in range(100):  # passes: documents that never give a short enough prompt must not make this endless
+        for index in rng.permutation(len(documents)):
+            if len(prompts) == num_prompts:
+                return prompts
+            ids = sample_prompt(documents[index], tokenizer, rng)
+            if 0 < len(ids) <= max_length:
+                prompts.append(ids)
+    return prompts
+
+
+def sample_prompt(document: Document, tokenizer: PreTrainedTokenizerBase, rng: np.random.Generator) -> list[int]:
+    """A conversation up to one of its user turns, ready for the answer; or the first lines of a definition in a text."""
+    if document.is_conversation:
+        ends = [index + 1 for index, message in enumerate(document.messages) if message.role == "user"]
+        if not ends:
+            return []
+        turns = document.messages[: int(rng.choice(ends))]
+        return encode_chat(Document(messages=turns), tokenizer, add_generation_prompt=True)
+    return encode_text(sample_prefix(document.text, rng), tokenizer)
+
+
+def sample_prefix(text: str, rng: np.random.Generator) -> str:
+    """The first lines of a random function or class of source code, dedented, or of a text that has none."""
+    starts = [0, *(match.start() for match in _DEFINITION.finditer(text))]
+    start = int(rng.choice(starts))
+    lines = text[start:].split("\n", _MAX_PREFIX_LINES)[:_MAX_PREFIX_LINES]
+    indentation = lines[0][: len(lines[0]) - len(lines[0].lstrip())]
+    body = itertools.takewhile(lambda line: not line.strip() or line.startswith(indentation), lines)
+    block = [line.removeprefix(indentation) for line in body]
+    return "\n".join(block[: int(rng.integers(1, len(block) + 1))]) + "\n"
