@@ -70,7 +70,7 @@ class Engine:
             OverloadedError: the queue is full.
         """
         check_length(sequence, self.target)
-        if len(self._queued) >= self.config.max_queued and self.num_running >= self.config.max_batch:
+        if self.num_queued + self.num_running >= self.config.max_queued + self.config.max_batch:
             raise OverloadedError(f"{len(self._queued)} requests are waiting already: try again later")
         self._queued.append(sequence)
 
