@@ -125,6 +125,7 @@ class Sequence:
     def __post_init__(self) -> None:
         if not self.tokens:
             raise RequestError("the prompt is empty: expected at least one token", param="prompt")
+        self.tokens = list(self.tokens)  # they grow, and the caller's list must not
         self.num_prompt_tokens = len(self.tokens)
         self.seed = secrets.randbits(64) if self.params.seed is None else self.params.seed
 
