@@ -37,15 +37,15 @@ class HuggingFaceBackend:
         self._folder = resolve_model(name_or_path)
         with _quiet_loading(), _model_errors(name_or_path):
             config = AutoConfig.from_pretrained(self._folder)
+            text_config = config.get_text_config()
+            self._mask_kinds = _mask_kinds(text_config, name_or_path)
             self.model = AutoModelForCausalLM.from_pretrained(
                 self._folder, config=config, dtype=_resolve_dtype(dtype, self.device), attn_implementation=attention
             )
         self.model = self.model.to(self.device).eval()
-        text_config = config.get_text_config()
         self.vocab_size: int = self.model.get_output_embeddings().weight.shape[0]
         self.max_length: int = _resolve_length(max_length, text_config, name_or_path)
         self.eos_token_ids = _eos_token_ids(self.model.generation_config, config)
-        self._mask_kinds = _mask_kinds(text_config, name_or_path)
         self._sliding_window: int = getattr(text_config, "sliding_window", None) or self.max_length
         self._prefill_chunk = prefill_chunk
         self.cache = RowCache(text_config.num_hidden_layers, max_rows, self.max_length)
@@ -158,7 +158,9 @@ def _quiet_loading() -> Iterator[None]:
 def _model_errors(name: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
+    except ModelError:
+        raise
+    except Exception as error:  # a checkpoint may be broken in any way
         reason = " ".join(str(error).split())
         raise ModelError(f"model {name!r} cannot be loaded: {reason[:300]}") from error
 
@@ -170,6 +172,8 @@ def _resolve_device(device: str) -> torch.device:
         resolved = torch.device(device)
     except RuntimeError as error:
         raise ModelError(f"device {device!r}: expected auto, cpu, cuda or cuda:N") from error
+    if resolved.type not in ("cpu", "cuda"):
+        raise ModelError(f"device {device!r}: expected auto, cpu, cuda or cuda:N")
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"device {device!r}: this machine has no CUDA device")
     return resolved
@@ -200,9 +204,11 @@ def _eos_token_ids(generation_config: GenerationConfig, config: Any) -> frozense
 
 def _mask_kinds(config: Any, name: str) -> list[str]:
     """The kinds of attention mask that the model's layers need."""
-    kinds = set(getattr(config, "layer_types", None) or [])
+    kinds = set(getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or [])
+    if getattr(config, "alibi", False):
+        kinds.add("alibi_attention")
     if not kinds:
         kinds = {"sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"}
     if unknown := kinds - _MASKED_KINDS:
-        raise ModelError(f"model {name!r} has layers of kind {', '.join(sorted(unknown))}, which cannot be rolled back")
+        raise ModelError(f"model {name!r} has layers of {', '.join(sorted(unknown))}: expected full or sliding attention")
     return sorted(kinds)
