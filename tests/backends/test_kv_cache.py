@@ -1,0 +1,184 @@
+"""Whatever the cache remembers, logits are those of the sequence computed afresh; and no more is computed than must be."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from specdecode.backends.backend import Row
+from specdecode.backends.huggingface import HuggingFaceBackend
+from specdecode.backends.kv_cache import RowCache, common_prefix_length
+from tests.backends.recomputing import assert_equals_recomputed, random_tokens
+
+RNG = random.Random
+
+
+@pytest.fixture
+def backend(target_folder: str) -> HuggingFaceBackend:
+    return HuggingFaceBackend(target_folder, max_rows=4, prefill_chunk=32)
+
+
+@contextmanager
+def computed_tokens(backend: HuggingFaceBackend) -> Iterator[list[int]]:
+    """Collects the shape, rows times tokens, of everything that the model computes."""
+    shapes: list[tuple[int, ...]] = []
+    hook = backend.model.register_forward_pre_hook(
+        lambda _module, _args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    yield shapes
+    hook.remove()
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(("max_rows", "prefill_chunk"), [(3, 4), (4, 32), (16, 512)])
+def test_any_interleaving_of_calls_equals_recomputing(target_folder, max_rows, prefill_chunk, seed):
+    """Sequences grow, shrink, are rolled back, rewritten, replaced and evicted, in batches of any order."""
+    backend, rng = HuggingFaceBackend(target_folder, max_rows=max_rows, prefill_chunk=prefill_chunk), RNG(seed)
+    texts = {name: random_tokens(rng, rng.randint(1, 20)) for name in "abcdefg"}
+    for _ in range(20):
+        names = rng.sample(sorted(texts), rng.randint(1, min(5, max_rows)))
+        for name in names:
+            source = rng.choice([name, name, name, rng.choice("abcdefg")])  # now and then another one's prefix
+            kept = texts[source][: rng.choice([0, 1, 2, 1000, 1000, len(texts[source]) - rng.randint(0, 5)])]
+            texts[name] = kept + random_tokens(rng, rng.choice([1, 1, 2, 5, 20]))
+        assert_equals_recomputed(backend, [Row(name, texts[name], rng.randint(0, min(6, len(texts[name])))) for name in names])
+
+
+def test_rolling_back_computes_only_what_changed(backend):
+    tokens = random_tokens(RNG(0), 30)
+    assert_equals_recomputed(backend, [Row("a", tokens, 1)])
+    changed = [*tokens[:24], (tokens[24] + 1) % 61, 7, 8]
+    with computed_tokens(backend) as shapes:
+        backend.logits([Row("a", changed, 1)])
+    assert shapes == [(1, 3)]
+    assert_equals_recomputed(backend, [Row("a", changed, 5)])
+
+
+def test_what_is_scored_is_computed_again_and_no_more(backend):
+    tokens = random_tokens(RNG(1), 30)
+    backend.logits([Row("a", tokens, 1)])
+    with computed_tokens(backend) as shapes:
+        assert_equals_recomputed(backend, [Row("a", tokens, 6)])
+        assert_equals_recomputed(backend, [Row("a", tokens[:20], 2)])
+    assert shapes == [(1, 6), (1, 2)]
+
+
+def test_a_known_prefix_is_not_computed_for_a_new_sequence(backend):
+    prefix = random_tokens(RNG(2), 30)
+    backend.logits([Row("a", [*prefix, 1, 2, 3], 1)])
+    with computed_tokens(backend) as shapes:
+        assert_equals_recomputed(backend, [Row("b", [*prefix, 4, 5], 1)])
+        assert_equals_recomputed(backend, [Row("a", [*prefix, 1, 2, 3, 9], 1)])
+    assert shapes == [(1, 2), (1, 1)]
+
+
+def test_a_row_that_is_taken_over_still_gives_its_prefix(backend):
+    prefix = random_tokens(RNG(3), 20)
+    for name in "abcd":
+        backend.logits([Row(name, prefix if name == "a" else random_tokens(RNG(name), 9), 1)])
+    with computed_tokens(backend) as shapes:
+        assert_equals_recomputed(backend, [Row("e", [*prefix, 4], 1)])
+    assert shapes == [(1, 1)]
+
+
+def test_the_longest_unused_row_is_evicted(backend):
+    texts = {name: random_tokens(RNG(name), 10) for name in "abcde"}
+    for name in "abcdae":
+        backend.logits([Row(name, texts[name], 1)])
+    with computed_tokens(backend) as shapes:
+        for name in "acdeb":
+            assert_equals_recomputed(backend, [Row(name, [*texts[name], 3], 1)])
+    assert shapes == [(1, 1)] * 4 + [(1, 11)]
+
+
+def test_warming_computes_everything_and_returns_nothing(backend):
+    tokens = random_tokens(RNG(4), 20)
+    assert backend.logits([Row("a", tokens, 0)]).shape == (0, 61)
+    with computed_tokens(backend) as shapes:
+        assert backend.logits([Row("a", tokens, 0)]).shape == (0, 61)
+        assert_equals_recomputed(backend, [Row("a", [*tokens, 5], 1)])
+    assert shapes == [(1, 1)]
+
+
+def test_a_batch_may_score_different_numbers_of_positions(backend):
+    rng = RNG(5)
+    for counts in [(0, 3, 1, 0), (2, 2, 2, 2), (0, 0, 0, 7), (1, 0, 5, 2)]:
+        rows = [Row(name, random_tokens(rng, 12), count) for name, count in zip("abcd", counts, strict=True)]
+        assert_equals_recomputed(backend, rows)
+
+
+def test_the_order_of_a_batch_is_the_callers(backend):
+    rng = RNG(6)
+    texts = {name: random_tokens(rng, rng.randint(3, 20)) for name in "abcd"}
+    for order in ("abcd", "dcba", "cadb", "bd", "ca", "dab"):
+        for name in order:
+            texts[name] = texts[name] + random_tokens(rng, rng.randint(1, 3))
+        assert_equals_recomputed(backend, [Row(name, texts[name], 2) for name in order])
+
+
+def test_a_prompt_is_computed_in_chunks(backend):
+    tokens = random_tokens(RNG(7), 100)
+    with computed_tokens(backend) as shapes:
+        assert_equals_recomputed(backend, [Row("a", tokens, 1)])
+    assert shapes == [(1, 32), (1, 32), (1, 32), (1, 4)]
+
+
+def test_a_long_prompt_does_not_pad_the_others_to_its_length(backend):
+    short, long = random_tokens(RNG(8), 9), random_tokens(RNG(9), 100)
+    backend.logits([Row("a", short, 1)])
+    with computed_tokens(backend) as shapes:
+        assert_equals_recomputed(backend, [Row("a", [*short, 1], 1), Row("b", long, 3)])
+    assert max(rows * tokens for rows, tokens in shapes) <= 2 * (32 + 3)
+
+
+def test_room_grows_and_keeps_what_is_remembered(backend):
+    texts = {name: random_tokens(RNG(name), 200) for name in "ab"}
+    assert_equals_recomputed(backend, [Row(name, text, 1) for name, text in texts.items()])
+    num_bytes = backend.cache.num_bytes()
+    texts["a"] += random_tokens(RNG(10), 100)
+    assert_equals_recomputed(backend, [Row("a", texts["a"], 1)])
+    assert backend.cache.num_bytes() > num_bytes
+    with computed_tokens(backend) as shapes:
+        assert_equals_recomputed(backend, [Row(name, [*text, 1], 1) for name, text in texts.items()])
+    assert shapes == [(2, 1)]
+
+
+def test_a_sequence_may_fill_the_context(backend):
+    tokens = random_tokens(RNG(11), backend.max_length)
+    assert_equals_recomputed(backend, [Row("a", tokens, 3)])
+    assert_equals_recomputed(backend, [Row("a", tokens[:-1], 1), Row("b", tokens[:5], 1)])
+
+
+def test_clearing_gives_the_memory_back_and_changes_nothing(backend):
+    rows = [Row(name, random_tokens(RNG(name), 20), 2) for name in "abc"]
+    before = backend.logits(rows)
+    assert backend.cache.num_bytes() > 10_000
+    backend.cache.clear()
+    assert backend.cache.num_bytes() < 10_000
+    torch.testing.assert_close(backend.logits(rows), before, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_batch_sits_in_adjacent_rows_and_nobody_loses_tokens(seed):
+    cache, rng, remembered = RowCache(num_layers=1, max_rows=6, max_length=64), RNG(seed), {}
+    for _ in range(40):
+        ids = rng.sample("abcdef", rng.randint(1, 6))
+        texts = [random_tokens(rng, rng.randint(1, 8)) for _ in ids]
+        numbers = cache.seat(ids, texts)
+        assert sorted(numbers) == list(range(min(numbers), min(numbers) + len(ids)))
+        for id, number, tokens in zip(ids, numbers, texts, strict=True):
+            assert cache.rows[number].id == id
+            cache.remember(number, tokens)
+            remembered[id] = tokens
+        assert {row.id: row.tokens for row in cache.rows} == remembered
+
+
+def test_the_common_prefix_is_where_two_lists_first_differ():
+    rng = RNG(0)
+    for _ in range(300):
+        one, other = ([rng.randrange(2) for _ in range(rng.randint(0, 6))] for _ in range(2))
+        length = common_prefix_length(one, other)
+        assert one[:length] == other[:length]
+        assert length == min(len(one), len(other)) or one[length] != other[length]
