@@ -111,8 +111,9 @@ class Detokenizer:
         return self._tokenizer.decode(self._window)[len(shown) :]
 
     def _show(self, text: str) -> str:
-        self._window = self._window[self._num_shown :]
-        self._num_shown = len(self._window)
+        if text:  # ids that show nothing, such as special tokens, are no window: what follows would look like a text's start
+            self._window = self._window[self._num_shown :]
+            self._num_shown = len(self._window)
         return text
 
 
@@ -120,7 +121,7 @@ class StopStrings:
     """Cuts a stream of text at the first of some strings, also where one is spread over several pieces.
 
     Args:
-        stops: the strings; the text ends before the first one that appears.
+        stops: the strings; the text ends before the one that is complete first, the longest if there are several.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -131,10 +132,11 @@ class StopStrings:
     def feed(self, text: str) -> str:
         """Takes more text, and returns what is certain to stand before any stop string."""
         self._held += text
-        found = [place for place in map(self._held.find, self._stops) if place >= 0]
+        found = [(place + len(stop), place) for stop in self._stops if (place := self._held.find(stop)) >= 0]
         if found:
             self.is_stopped = True
-            return self._release(min(found))
+            _, place = min(found)
+            return self._release(place)
         return self._release(len(self._held) - self._overlap())
 
     def flush(self) -> str:
