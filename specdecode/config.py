@@ -3,6 +3,7 @@
 Each configuration model is defined beside the thing that it configures, as a subclass of `StrictModel`.
 """
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +23,13 @@ class StrictModel(BaseModel):
 Model = TypeVar("Model", bound=BaseModel)
 
 
+class _Loader(yaml.SafeLoader):
+    """Takes 1e-4 for a number, as YAML 1.2 does; to YAML 1.1 it is a word."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789"))
+
+
 def load_config(path: str | Path, model: type[Model], overrides: Iterable[str] = ()) -> Model:
     """Reads the YAML file at `path`, applies `overrides` such as `"training.seed=1"`, and checks the result.
 
@@ -38,7 +46,7 @@ def load_config(path: str | Path, model: type[Model], overrides: Iterable[str] =
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Reads a YAML file whose top level is a mapping."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -80,7 +88,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 
 def _parse_value(text: str, override: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override}: the value is not valid YAML") from error
 
