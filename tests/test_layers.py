@@ -1,0 +1,114 @@
+"""Imports point down the layers, and Ray and HTTP stay at the edges."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LAYERS = {
+    "specdecode.errors": 0,
+    "specdecode.config": 1,
+    "specdecode.embedded": 1,
+    "specdecode.text": 2,
+    "specdecode.backends": 3,
+    "specdecode.decoding": 4,
+    "specdecode.training": 5,
+    "specdecode.routing": 5,
+    "specdecode.evaluation": 5,
+    "specdecode": 5,  # the public names, in specdecode/__init__.py alone
+    "specdecode.cli": 6,
+    "serve": 6,
+    "jobs": 6,
+}
+EDGE_ONLY = {"ray", "fastapi", "starlette", "uvicorn"}
+MODULES = sorted(path for folder in ("specdecode", "serve", "jobs") for path in (ROOT / folder).rglob("*.py"))
+
+
+def layer(module: str) -> str | None:
+    """The longest entry of the layers that the module's name begins with; None for what is not ours."""
+    parts = module.split(".")
+    names = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
+    return next((name for name in names if name in LAYERS), None)
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """All that is imported, at the top and inside functions, as module.name."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def lazy_imports(tree: ast.AST) -> set[str]:
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return {name for function in functions for name in imports(function)}
+
+
+def violations(module: str, source: str) -> list[str]:
+    """The imports of a module that it may not have."""
+    tree, own, found = ast.parse(source), layer(module), []
+    at_top = set(imports(tree)) - lazy_imports(tree)
+    for name in imports(tree):
+        other = layer(name)
+        if module == "specdecode.cli" and other == "serve" and name not in at_top:
+            continue
+        if other is None:
+            is_allowed = name.split(".")[0] not in EDGE_ONLY or own in ("serve", "jobs")
+        else:
+            is_allowed = other == own or LAYERS[other] < LAYERS[own]
+        if not is_allowed:
+            found.append(name)
+    return found
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_imports_point_down(path):
+    assert violations(module_name(path), path.read_text(encoding="utf-8")) == []
+
+
+def test_every_module_belongs_to_a_layer():
+    assert len(MODULES) > 30
+    assert [path for path in MODULES if layer(module_name(path)) == "specdecode"] == [ROOT / "specdecode/__init__.py"]
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("specdecode.backends.table", "from specdecode.decoding.loop import step"),
+        ("specdecode.decoding.loop", "import specdecode.training.losses"),
+        ("specdecode.decoding.loop", "from specdecode import training"),
+        ("specdecode.decoding.loop", "from specdecode import generate"),
+        ("specdecode.training.draft", "from specdecode.evaluation.speed import measure_speed"),
+        ("specdecode.training.draft", "def train():\n    import ray"),
+        ("specdecode.text", "from fastapi import FastAPI"),
+        ("specdecode.config", "from specdecode.text import Tokenizer"),
+        ("specdecode.cli", "from serve.local import deployed"),
+        ("specdecode.cli", "def run():\n    import ray"),
+        ("specdecode.routing.router", "def run():\n    from serve.app import build"),
+        ("serve.app", "from jobs import train_draft"),
+        ("jobs.train_draft", "from serve.app import build"),
+    ],
+)
+def test_an_import_that_points_up_or_sideways_is_found(module, source):
+    assert len(violations(module, source)) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("specdecode.cli", "def serve():\n    from serve.local import deployed"),
+        ("specdecode.decoding.loop", "from specdecode.decoding.drafters import Drafter\nimport torch"),
+        ("serve.app", "import ray\nfrom specdecode import generate"),
+        ("jobs.benchmark", "from ray import data\nfrom specdecode.evaluation.speed import measure_speed"),
+    ],
+)
+def test_an_import_that_points_down_is_fine(module, source):
+    assert violations(module, source) == []
