@@ -16,9 +16,9 @@ if "RAY_ADDRESS" not in os.environ:
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
 import ray
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from ray import serve
-from ray.serve.schema import ServeDeploySchema
+from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 
 from serve.app import build, check_vocabularies
 from serve.config import ServeConfig
@@ -66,9 +66,11 @@ def load_deployment(path: str | Path, port: int | None = None) -> Deployment:
         schema = ServeDeploySchema.model_validate(values)
     except ValidationError as error:
         raise ConfigError(f"{path}: {describe_validation_error(error)}") from error
+    _check_keys(values, ServeDeploySchema, path)
     if len(schema.applications) != 1 or schema.applications[0].import_path != IMPORT_PATH:
         raise ConfigError(f"{path}: applications: expected exactly one, with import_path {IMPORT_PATH}")
     application = schema.applications[0]
+    _check_keys(values["applications"][0], ServeApplicationSchema, path)
     config = check_config(dict(application.args), ServeConfig, where=f"{path}: applications.0.args")
     check_vocabularies(config)
     return Deployment(
@@ -79,6 +81,13 @@ def load_deployment(path: str | Path, port: int | None = None) -> Deployment:
         port=schema.http_options.port if port is None else port,
         proxy_location=schema.proxy_location.value,
     )
+
+
+def _check_keys(values: dict[str, Any], schema: type[BaseModel], path: str | Path) -> None:
+    """Serve's own schemas ignore a key that they do not know; a misspelt one must not be."""
+    for key in values:
+        if key not in schema.model_fields:
+            raise ConfigError(f"{path}: {key}: unknown key, expected one of {', '.join(schema.model_fields)}")
 
 
 @contextmanager

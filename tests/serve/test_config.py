@@ -1,0 +1,72 @@
+"""A deployment's file is checked before anything is started, and each mistake is one line."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from serve.local import load_deployment
+from specdecode.errors import ConfigError, ModelError
+from tests.serve.conftest import CONFIG, ROOT
+
+
+def write(tmp_path: Path, change: Any) -> Path:
+    values = yaml.safe_load((ROOT / CONFIG).read_text())
+    change(values, values["applications"][0]["args"])
+    file = tmp_path / "serve.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+def test_the_embedded_deployment_loads() -> None:
+    deployment = load_deployment(ROOT / CONFIG, port=1234)
+    assert deployment.url == "http://127.0.0.1:1234"
+    assert deployment.config.model_name == "tiny"
+
+
+MISTAKES = {
+    "unknown top-level key": (lambda file, _: file.update(colour="red"), "colour"),
+    "unknown key": (lambda _, args: args.update(colour="red"), "colour: unknown key, got 'red'"),
+    "unknown nested key": (lambda _, args: args["target"].update(colour="red"), "target.colour: unknown key"),
+    "wrong type": (lambda _, args: args.update(k="four"), "k: input should be a valid integer, got 'four'"),
+    "missing target": (lambda _, args: args.pop("target"), "target: missing"),
+    "unknown default draft": (lambda _, args: args.update(default_draft="x"), "default_draft: expected one of"),
+    "too few rows": (lambda _, args: args["target"].update(max_rows=4), "max_rows: expected more than"),
+    "negative k": (lambda _, args: args.update(k=-1), "k: input should be greater than or equal to 0, got -1"),
+    "draft called none": (lambda _, args: args["drafts"].update(none=args["drafts"]["code"]), "drafts: none is how"),
+    "another application": (lambda file, _: file["applications"][0].update(import_path="a:b"), "import_path serve.app:build"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_one_line(tmp_path: Path, change: Any, message: str) -> None:
+    file = write(tmp_path, change)
+    with pytest.raises(ConfigError) as caught:
+        load_deployment(file)
+    assert str(caught.value).startswith(str(file))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_draft_of_another_vocabulary_is_refused(tmp_path: Path, tokenizer_folder: str) -> None:
+    file = write(tmp_path, lambda _, args: args["drafts"]["code"].update(model=tokenizer_folder))
+    with pytest.raises(ModelError, match="another vocabulary than target 'tiny/target'"):
+        load_deployment(file)
+
+
+def test_a_model_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    file = write(tmp_path, lambda _, args: args["target"].update(model="tiny/nothing"))
+    with pytest.raises(ModelError, match=r"the embedded models are .*tiny/target"):
+        load_deployment(file)
+
+
+def test_the_command_says_it_in_one_line_and_exits_with_2(tmp_path: Path) -> None:
+    file = write(tmp_path, lambda _, args: args.update(colour="red"))
+    command = [sys.executable, "-m", "specdecode.cli", "serve", "--config", str(file)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("specdecode: ")
+    assert ended.stderr.count("\n") == 1
