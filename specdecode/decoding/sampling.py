@@ -46,6 +46,8 @@ def probabilities(logits: torch.Tensor, params: Sequence[SamplingParams]) -> tor
     temperature = logits.new_tensor([[row.temperature] for row in params])
     is_greedy = temperature == 0
     most_likely = torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+    if is_greedy.all():
+        return most_likely
     # The largest logit becomes 0, which no temperature, however small, turns into infinity.
     scaled = (logits - logits.amax(-1, keepdim=True)) / temperature.masked_fill(is_greedy, 1.0)
     kept = _keep_top_p(_keep_top_k(scaled, [row.top_k for row in params]), [row.top_p for row in params])
