@@ -14,7 +14,7 @@ from specdecode.backends.table import TableModel, random_table
 from specdecode.decoding.drafters import ModelDrafter, NoDrafter
 from specdecode.decoding.loop import generate, speculative_decode
 from specdecode.decoding.metrics import DecodingMetrics
-from specdecode.decoding.sequence import Route, SamplingParams, Sequence
+from specdecode.decoding.sequence import Draft, Route, SamplingParams, Sequence
 from specdecode.errors import ModelError, RequestError
 from tests.decoding.recording import RecordingBackend, counting_model
 
@@ -184,6 +184,18 @@ def test_no_round_drafts_more_than_it_can_use(max_tokens, target, draft):
         left -= len(round.tokens)
     assert left == 0
     assert sequence.finish_reason == "length"
+
+
+def test_a_drafter_that_drafts_too_much_makes_no_text_too_long():
+    class Overeager:
+        def propose(self, sequences):
+            (sequence,) = sequences
+            tokens = [(sequence.tokens[-1] + offset) % 10 for offset in range(1, 7)]
+            return [Draft(tokens, torch.tensor(tokens)[:, None], torch.ones(6, 1))]
+
+    output, metrics = speculative_decode(counting_model(), Overeager(), torch.tensor([[0]]), max_new_tokens=4, K=2)
+    assert output[0].tolist() == [0, 1, 2, 3, 4]
+    assert (metrics.num_target_passes, metrics.num_generated, metrics.num_accepted) == (1, 4, 4)
 
 
 def test_the_context_can_be_filled_and_no_more():
