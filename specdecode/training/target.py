@@ -16,7 +16,7 @@ from specdecode.training.documents import is_held_out, load_documents
 from specdecode.training.losses import next_token_loss
 from specdecode.training.provenance import write_run
 from specdecode.training.tokenizer import END_OF_TEXT, END_OF_TURN
-from specdecode.training.trainer import TrainingConfig, fit
+from specdecode.training.trainer import TrainingConfig, TrainingResult, fit
 
 
 class ArchitectureConfig(StrictModel):
@@ -46,8 +46,8 @@ class TargetTrainingConfig(StrictModel):
     training: TrainingConfig
 
 
-def train_target(config: TargetTrainingConfig) -> dict[str, float]:
-    """Trains a target from scratch; returns the validation losses of the checkpoint in OUTPUT_DIR/best."""
+def train_target(config: TargetTrainingConfig) -> TrainingResult:
+    """Trains a target from scratch; its best checkpoint is in OUTPUT_DIR/best, what it took in OUTPUT_DIR/run.json."""
     torch.manual_seed(config.training.seed)
     tokenizer = load_tokenizer(config.tokenizer)
     model = create_target(config.architecture, tokenizer)
