@@ -60,9 +60,9 @@ def run_demo(config: str, port: int | None, *, stay: bool) -> None:
     started = time.perf_counter()
     with deployed(deployment, quiet=True) as dashboard:
         client = httpx.Client(base_url=deployment.url, timeout=120)
-        console.print(f"First token {_first_token_s(client, deployment, started):.1f} s after that.", style="dim")
-        comparisons = [_show(console, client, deployment, example) for example in _examples(deployment)]
-        console.print(_table(comparisons))
+        console.print(f"First token {first_token_s(client, deployment, started):.1f} s after that.", style="dim")
+        comparisons = [compare(console, client, deployment, example) for example in examples(deployment)]
+        console.print(comparison_table(comparisons))
         console.print(f"endpoint   {deployment.url}/v1   (model {deployment.config.model_name!r}, any OpenAI client)")
         console.print(f"dashboard  {dashboard}")
         if stay:
@@ -70,7 +70,7 @@ def run_demo(config: str, port: int | None, *, stay: bool) -> None:
             wait_for_signal()
 
 
-def _examples(deployment: Deployment) -> list[Example]:
+def examples(deployment: Deployment) -> list[Example]:
     """One prompt for each domain, with the draft of that name if there is one."""
     code = 'def read_lines(path):\n    """Return the lines of a text file as a list of strings."""\n'
     chat = "Can I order a large latte with oat milk please?"
@@ -90,7 +90,7 @@ def _examples(deployment: Deployment) -> list[Example]:
     ]
 
 
-def _show(console: Console, client: httpx.Client, deployment: Deployment, example: Example) -> Comparison:
+def compare(console: Console, client: httpx.Client, deployment: Deployment, example: Example) -> Comparison:
     """Streams the answer to the console, then times it with speculation and without, in turns."""
     console.print(Rule(f"{example.title}, draft {example.draft}", style="dim"))
     console.print(Text(example.shown, style="dim"), end="")
@@ -114,10 +114,10 @@ def _show(console: Console, client: httpx.Client, deployment: Deployment, exampl
     return Comparison(example.title, figures, medians[example.draft], medians[NO_DRAFT], len(texts) == 1)
 
 
-def _first_token_s(client: httpx.Client, deployment: Deployment, started: float) -> float:
+def first_token_s(client: httpx.Client, deployment: Deployment, started: float) -> float:
     """Asks for an answer, and says how long after `started` its first text was there; also warms every model up."""
     first_s: list[float] = []
-    for example in _examples(deployment):
+    for example in examples(deployment):
         for draft in (example.draft, NO_DRAFT):
             for chunk in _stream(client, deployment, example, draft):
                 if _text(chunk) and not first_s:
@@ -155,7 +155,7 @@ def _text(chunk: dict[str, Any]) -> str:
     return "".join(choice.get("text") or choice.get("delta", {}).get("content") or "" for choice in chunk["choices"])
 
 
-def _table(comparisons: list[Comparison]) -> Table:
+def comparison_table(comparisons: list[Comparison]) -> Table:
     table = Table(
         title="Greedy decoding with speculation and without", caption="green above: accepted draft tokens", box=SIMPLE
     )

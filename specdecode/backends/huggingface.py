@@ -61,6 +61,9 @@ class HuggingFaceBackend:
     @torch.inference_mode()
     def logits(self, rows: Sequence[Row]) -> torch.Tensor:
         """Scores the rows, computing only what the cache does not remember; see `ModelBackend.logits`."""
+        if len(rows) > self.cache.max_rows:  # more than the cache can remember take several passes
+            parts = [rows[i : i + self.cache.max_rows] for i in range(0, len(rows), self.cache.max_rows)]
+            return torch.cat([self.logits(part) for part in parts])
         numbers = self.cache.seat([row.id for row in rows], [row.tokens for row in rows])
         starts = [self._start(number, row) for number, row in zip(numbers, rows, strict=True)]
         for index, (number, row) in enumerate(zip(numbers, rows, strict=True)):
@@ -162,7 +165,7 @@ def _model_errors(name: str) -> Iterator[None]:
         raise
     except Exception as error:  # a checkpoint may be broken in any way
         reason = " ".join(str(error).split())
-        raise ModelError(f"model {name!r} cannot be loaded: {reason[:300]}") from error
+        raise ModelError(f"model {name!r} cannot be loaded: {reason[:600]}") from error
 
 
 def _resolve_device(device: str) -> torch.device:
@@ -190,6 +193,8 @@ def _resolve_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
 
 def _resolve_length(max_length: int | None, config: Any, name: str) -> int:
     limit: int | None = getattr(config, "max_position_embeddings", None)
+    if max_length is not None and max_length < 1:
+        raise ModelError(f"max_length: expected at least 1, got {max_length}")
     if limit is None and max_length is None:
         raise ModelError(f"model {name!r} states no context length: give max_length")
     if limit is not None and max_length is not None and max_length > limit:
@@ -205,7 +210,7 @@ def _eos_token_ids(generation_config: GenerationConfig, config: Any) -> frozense
 def _mask_kinds(config: Any, name: str) -> list[str]:
     """The kinds of attention mask that the model's layers need."""
     kinds = set(getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or [])
-    if getattr(config, "alibi", False):
+    if getattr(config, "alibi", False) or config.model_type == "bloom":
         kinds.add("alibi_attention")
     if not kinds:
         kinds = {"sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"}

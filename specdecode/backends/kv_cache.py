@@ -62,6 +62,7 @@ class RowCache(Cache):
         Returns:
             the rows' numbers, in the order of `ids`; together they are a range without a gap.
         """
+        assert len(set(ids)) == len(ids), "a sequence stands in the batch twice"
         assert len(ids) <= self.max_rows, f"a batch of {len(ids)} does not fit a cache of {self.max_rows} rows"
         self._clock += 1
         self._reserve_length(max(map(len, sequences)))

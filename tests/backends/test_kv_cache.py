@@ -182,3 +182,11 @@ def test_the_common_prefix_is_where_two_lists_first_differ():
         length = common_prefix_length(one, other)
         assert one[:length] == other[:length]
         assert length == min(len(one), len(other)) or one[length] != other[length]
+
+
+def test_a_batch_larger_than_the_cache_takes_several_passes(target_folder):
+    rng = RNG(3)
+    rows = [Row(f"seq-{n}", [rng.randrange(61) for _ in range(rng.randint(2, 9))], rng.randint(0, 2)) for n in range(7)]
+    large, small = HuggingFaceBackend(target_folder), HuggingFaceBackend(target_folder, max_rows=3)
+    for _ in range(2):
+        assert torch.allclose(small.logits(rows), large.logits(rows), atol=2e-5)

@@ -1,0 +1,51 @@
+"""Every file under configs/ loads as what it is for, and so does cluster.yaml."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import BaseModel
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+from serve.config import ServeConfig
+from specdecode.config import check_config, load_config
+from specdecode.evaluation.speed import SpeedConfig
+from specdecode.training.draft import DraftTrainingConfig
+from specdecode.training.release import ReleaseConfig
+from specdecode.training.target import TargetTrainingConfig
+from specdecode.training.tokenizer import TokenizerConfig
+
+ROOT = Path(__file__).parents[1]
+
+MODELS: dict[str, type[BaseModel]] = {
+    "tiny/benchmark.yaml": SpeedConfig,
+    "tiny/distill_chat.yaml": DraftTrainingConfig,
+    "tiny/distill_code.yaml": DraftTrainingConfig,
+    "tiny/distill_generic.yaml": DraftTrainingConfig,
+    "tiny/distill_reasoning.yaml": DraftTrainingConfig,
+    "tiny/pretrain_target.yaml": TargetTrainingConfig,
+    "tiny/tokenizer.yaml": TokenizerConfig,
+    "tiny/train_release.yaml": ReleaseConfig,
+}
+SERVE_FILES = ("serve.yaml", "tiny/serve.yaml")
+
+
+def test_every_file_is_known() -> None:
+    files = {str(file.relative_to(ROOT / "configs")) for file in (ROOT / "configs").rglob("*.yaml")}
+    assert files == {*MODELS, *SERVE_FILES}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_job_file_loads(name: str) -> None:
+    load_config(ROOT / "configs" / name, MODELS[name])
+
+
+@pytest.mark.parametrize("name", SERVE_FILES)
+def test_a_serve_file_holds_the_arguments_of_build(name: str) -> None:
+    [application] = yaml.safe_load((ROOT / "configs" / name).read_text())["applications"]
+    assert application["import_path"] == "serve.app:build"
+    check_config(application["args"], ServeConfig, where=name)
+
+
+def test_the_cluster_file_is_what_ray_up_takes() -> None:
+    validate_config(prepare_config(yaml.safe_load((ROOT / "cluster.yaml").read_text())))
