@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -27,8 +28,16 @@ DEFAULT_K = 4
 Expect = Callable[..., str]
 
 
+@dataclass(frozen=True)
+class Server:
+    """A running server: where it answers, and the process that everything else of it descends from."""
+
+    url: str
+    pid: int
+
+
 @pytest.fixture(scope="session")
-def server_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -36,20 +45,25 @@ def server_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     command = [sys.executable, "-m", "specdecode.cli", "serve", "--config", CONFIG, "--port", str(port)]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     with log.open("wb") as file:
-        server = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment)
     url = f"http://127.0.0.1:{port}"
     try:
-        _wait_until_up(url, server, log)
-        yield url
+        _wait_until_up(url, process, log)
+        yield Server(url, process.pid)
     finally:
-        server.send_signal(signal.SIGTERM)
-        status = server.wait(timeout=120)
+        process.send_signal(signal.SIGTERM)
+        status = process.wait(timeout=120)
     assert status == 0, log.read_text()[-4000:]
 
 
-def _wait_until_up(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
+@pytest.fixture(scope="session")
+def server_url(server: Server) -> str:
+    return server.url
+
+
+def _wait_until_up(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
     for _ in range(240):
-        assert server.poll() is None, log.read_text()[-4000:]
+        assert process.poll() is None, log.read_text()[-4000:]
         try:
             if httpx.get(f"{url}/health").status_code == 200:
                 return
