@@ -8,6 +8,7 @@ from collections.abc import Sequence as Arguments
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
@@ -28,6 +29,7 @@ class GenerateConfig(StrictModel):
     top_p: float = 1.0
     top_k: int = 0
     seed: int | None = None
+    verifier: Literal["rejection", "block"] = "rejection"
     dtype: str = "auto"
     device: str = "auto"
 
@@ -62,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-p", type=float, help="keep the most likely tokens up to this probability (default 1)")
     generate.add_argument("--top-k", type=int, help="keep so many most likely tokens; 0 keeps all (default 0)")
     generate.add_argument("--seed", type=int, help="makes sampling repeatable")
+    generate.add_argument("--verifier", help="how drafted tokens are accepted: rejection or block (default rejection)")
     generate.add_argument("--dtype", help="auto, float32, bfloat16 or float16 (default auto)")
     generate.add_argument("--device", help="auto, cpu, cuda or cuda:N (default auto)")
 
@@ -86,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _generate(parsed: argparse.Namespace) -> None:
     from specdecode.backends.backend import create_backend  # torch and transformers take seconds to import
-    from specdecode.decoding.engine import Engine
+    from specdecode.decoding.engine import Engine, EngineConfig
     from specdecode.decoding.loop import as_drafter
     from specdecode.decoding.metrics import DecodingMetrics
     from specdecode.decoding.sequence import Route, SamplingParams, Sequence
@@ -106,7 +109,7 @@ def _generate(parsed: argparse.Namespace) -> None:
     sequence = Sequence(tokenizer.encode_chat(message) if config.chat else tokenizer.encode(config.prompt), params, route)
     target = create_backend(config.model, config.dtype, config.device)
     draft = create_backend(config.draft, config.dtype, config.device) if config.draft else None
-    engine = Engine(target, as_drafter(draft, target))
+    engine = Engine(target, as_drafter(draft, target), EngineConfig(verifier=config.verifier))
     engine.submit(sequence)
     detokenizer, metrics, started = tokenizer.detokenizer(), DecodingMetrics(), time.perf_counter()
     for _, round in engine.run():

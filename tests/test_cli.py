@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ def generate(*options: str) -> int:
     return main(["generate", "--model", "tiny/target", "--prompt", PROMPT, "--max-tokens", "24", *options])
 
 
-def expected(**options: float) -> str:
+def expected(**options: Any) -> str:
     tokenizer = Tokenizer("tiny/target")
     tokens = tokenizer.encode(PROMPT)
     draft = create_backend("tiny/draft-code")
@@ -43,6 +44,12 @@ def test_generate_samples_with_a_seed(capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().out == expected(temperature=0.9, top_p=0.9, top_k=50, seed=7)
 
 
+def test_generate_verifies_as_it_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--draft", "tiny/draft-code", "--temperature", "1", "--seed", "3", "--verifier", "block"]
+    assert generate(*options) == 0
+    assert capsys.readouterr().out == expected(temperature=1.0, seed=3, verifier="block")
+
+
 def test_generate_reads_a_file_and_options_override_it(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "generate.yaml"
     file.write_text("model: tiny/target\nprompt: other\nmax_tokens: 24\n")
@@ -62,6 +69,7 @@ def test_generate_reads_a_file_and_options_override_it(capsys: pytest.CaptureFix
         (["--prompt", ""], "the prompt is empty"),
         (["--model", "tiny/nothing"], "the embedded models are"),
         (["--draft", "tiny/nothing"], "the embedded models are"),
+        (["--verifier", "guess"], "verifier: input should be 'rejection' or 'block', got 'guess'"),
         (["--dtype", "int7"], "dtype 'int7'"),
         (["--device", "cuda:99"], "device 'cuda:99'"),
         (["--device", "toaster"], "device 'toaster'"),

@@ -10,7 +10,7 @@ from specdecode.config import StrictModel
 from specdecode.decoding.drafters import Drafter
 from specdecode.decoding.loop import check_length, step
 from specdecode.decoding.sequence import Round, Sequence
-from specdecode.decoding.verification import RejectionVerifier, Verifier
+from specdecode.decoding.verification import VerifierName, create_verifier
 from specdecode.errors import OverloadedError
 
 
@@ -19,6 +19,7 @@ class EngineConfig(StrictModel):
 
     max_batch: int = Field(default=16, gt=0, description="how many sequences are decoded together at the most")
     max_queued: int = Field(default=256, ge=0, description="how many sequences wait for a place at the most")
+    verifier: VerifierName = Field(default="rejection", description="how drafted tokens are accepted: rejection or block")
     prefill_chunk: int = Field(default=256, gt=0, description="how many prompt tokens are computed between two rounds")
 
 
@@ -29,7 +30,6 @@ class Engine:
         target: the model whose output it is; it remembers more rows than `config.max_batch`.
         drafter: whoever guesses.
         config: the limits.
-        verifier: `RejectionVerifier` if None.
     """
 
     def __init__(
@@ -37,12 +37,11 @@ class Engine:
         target: ModelBackend,
         drafter: Drafter,
         config: EngineConfig | None = None,
-        verifier: Verifier | None = None,
     ) -> None:
         self.target = target
         self.config = config or EngineConfig()
         self._drafter = drafter
-        self._verifier = verifier or RejectionVerifier()
+        self._verifier = create_verifier(self.config.verifier)
         self._queued: deque[Sequence] = deque()
         self._prefilling: deque[tuple[Sequence, int]] = deque()  # with the number of tokens that are computed
         self._decoding: list[Sequence] = []

@@ -14,7 +14,7 @@ from specdecode.decoding.drafters import Drafter, ModelDrafter, NoDrafter
 from specdecode.decoding.metrics import DecodingMetrics
 from specdecode.decoding.sampling import probabilities
 from specdecode.decoding.sequence import Draft, FinishReason, Round, Route, SamplingParams, Sequence
-from specdecode.decoding.verification import Block, RejectionVerifier, Verifier, accept
+from specdecode.decoding.verification import Block, Verifier, VerifierName, accept, create_verifier
 from specdecode.errors import RequestError
 from specdecode.text import check_same_vocabulary
 
@@ -44,7 +44,7 @@ def generate(
     """Decodes all sequences together, and yields after each round what it gave to those that were not finished."""
     for sequence in sequences:
         check_length(sequence, target)
-    verifier = verifier or RejectionVerifier()
+    verifier = verifier or create_verifier("rejection")
     while unfinished := [sequence for sequence in sequences if sequence.finish_reason is None]:
         yield list(zip(unfinished, step(unfinished, drafter, target, verifier), strict=True))
 
@@ -61,7 +61,7 @@ def speculative_decode(
     stop_token_ids: Collection[int] = (),
     ignore_eos: bool = False,
     seed: int | None = None,
-    verifier: Verifier | None = None,
+    verifier: Verifier | VerifierName = "rejection",
 ) -> tuple[torch.Tensor, DecodingMetrics]:
     """Decodes one prompt. The output is distributed as if the target had decoded alone; greedy, it is equal.
 
@@ -72,7 +72,7 @@ def speculative_decode(
         max_new_tokens: generate at the most so many tokens.
         K: how many tokens to draft in a round.
         temperature, top_p, top_k, stop_token_ids, ignore_eos, seed: see `SamplingParams`.
-        verifier: `RejectionVerifier` if None.
+        verifier: "rejection", "block", or any other `Verifier`.
 
     Returns:
         LongTensor [1, n + generated], and what it took.
@@ -95,10 +95,11 @@ def speculative_decode(
         ignore_eos=ignore_eos,
         seed=seed,
     )
+    law = create_verifier(verifier) if isinstance(verifier, str) else verifier
     sequence = Sequence(input_ids[0].tolist(), params, Route("draft", K))
     metrics = DecodingMetrics()
     started = time.perf_counter()
-    for rounds in generate([sequence], as_drafter(draft, target), target, verifier):
+    for rounds in generate([sequence], as_drafter(draft, target), target, law):
         metrics.add(rounds[0][1], time.perf_counter() - started)
     return torch.tensor([sequence.tokens], dtype=input_ids.dtype, device=input_ids.device), metrics
 

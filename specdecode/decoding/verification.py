@@ -8,12 +8,15 @@ Throughout, p is the target and q is the draft.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
 from specdecode.decoding.sampling import Purpose, sample, uniforms
 from specdecode.decoding.sequence import Draft, Sequence
+from specdecode.errors import RequestError
+
+VerifierName = Literal["rejection", "block"]
 
 
 @dataclass(frozen=True)
@@ -55,16 +58,39 @@ class Block:
 
     def p_drafted(self) -> torch.Tensor:
         """The target's probability of each drafted token, [batch, K]; anything in the padding."""
-        rows = (self.first[:, None] + torch.arange(self.tokens.shape[1], device=self.p.device)).clamp(max=len(self.p) - 1)
-        return self.p[rows, self.tokens]
+        return self.p[self._rows(0), self.tokens]
+
+    def p_supported(self) -> torch.Tensor:
+        """The target's probability of each token that might have been drafted after the first 1, 2, ... K, [batch, K, m]."""
+        rows = self._rows(1)
+        support = torch.cat([self.support[:, 1:], torch.zeros_like(self.support[:, :1])], 1)
+        return self.p[rows].gather(-1, support)
+
+    def q_supported(self) -> torch.Tensor:
+        """The draft's probability of each token that might have been drafted after the first 1, 2, ... K, [batch, K, m]."""
+        return torch.cat([self.q[:, 1:], torch.zeros_like(self.q[:, :1])], 1)
 
     def q_drafted(self) -> torch.Tensor:
         """The draft's probability of each drafted token, [batch, K]; 0 in the padding."""
         return (self.q * (self.support == self.tokens[..., None])).sum(-1)
 
+    def weights(self) -> torch.Tensor:
+        """How much of each accepted beginning may be kept, [batch, K + 1]: first 1, then min(1, w * p / q) for each token."""
+        q, p = self.q_drafted(), self.p_drafted()
+        ratio = torch.where(q > 0, p / q.clamp(min=torch.finfo(q.dtype).tiny), 0.0)
+        weights = [torch.ones_like(self.k, dtype=q.dtype)]
+        for position in range(ratio.shape[1]):
+            weights.append((weights[-1] * ratio[:, position]).clamp(max=1.0))
+        return torch.stack(weights, -1)
+
     def p_after(self, lengths: torch.Tensor) -> torch.Tensor:
         """The target's distribution after the first `lengths` drafted tokens, [batch, vocab]."""
         return self.p[self.first + lengths]
+
+    def _rows(self, offset: int) -> torch.Tensor:
+        """Where in `p` the distributions at each drafted token stand, or `offset` tokens later, [batch, K]."""
+        place = torch.arange(offset, offset + self.tokens.shape[1], device=self.p.device)
+        return (self.first[:, None] + place).clamp(max=len(self.p) - 1)
 
     def q_after(self, lengths: torch.Tensor) -> torch.Tensor:
         """The draft's distribution after the first `lengths` drafted tokens, [batch, vocab]; 0 past the draft's end."""
@@ -108,6 +134,45 @@ class RejectionVerifier:
         residual = (p - block.q_after(lengths)).clamp(min=0.0)
         # Where p equals q nothing is ever rejected, but for rounding; then any draw from p is right.
         return torch.where(residual.sum(-1, keepdim=True) > 0, residual, p)
+
+
+class BlockVerifier:
+    """Block verification (Sun et al. 2024, arXiv 2403.10444, algorithm 2): decides on the whole draft jointly.
+
+    It never accepts fewer tokens in expectation than `RejectionVerifier`. With w as in `Block.weights`, and r the sum of
+    max(0, w * p - q) over the vocabulary, each beginning of the draft passes with probability r / (r + 1 - w); the longest one
+    that passes is accepted, and the token after it is drawn from norm(max(0, w * p - q)). Past the draft's end q is nothing, r
+    is w, and the token is drawn from p.
+    """
+
+    def reach(self, block: Block) -> torch.Tensor:
+        """See `Verifier.reach`."""
+        w = block.weights()[:, 1:]
+        residual = w - torch.minimum(w[..., None] * block.p_supported(), block.q_supported()).sum(-1)  # [batch, K]
+        residual = residual.clamp(min=0.0)
+        total = residual + 1 - w
+        passes = torch.where(total > 0, residual / total.clamp(min=torch.finfo(w.dtype).tiny), 1.0)
+        passes = passes * (torch.arange(w.shape[1], device=w.device) < block.k[:, None])
+        return 1 - (1 - passes).flip(-1).cumprod(-1).flip(-1)
+
+    def emission(self, block: Block, lengths: torch.Tensor) -> torch.Tensor:
+        """See `Verifier.emission`."""
+        p = block.p_after(lengths)
+        w = block.weights().gather(1, lengths[:, None])
+        residual = (w * p - block.q_after(lengths)).clamp(min=0.0)
+        return torch.where(residual.sum(-1, keepdim=True) > 0, residual, p)
+
+
+def create_verifier(name: str) -> Verifier:
+    """Makes the verifier of that name, one of `VerifierName`.
+
+    Raises:
+        RequestError: there is none.
+    """
+    verifiers: dict[str, Verifier] = {"rejection": RejectionVerifier(), "block": BlockVerifier()}
+    if name not in verifiers:
+        raise RequestError(f"verifier: expected one of {', '.join(verifiers)}, got {name!r}", param="verifier")
+    return verifiers[name]
 
 
 def accept(verifier: Verifier, block: Block, sequences: list[Sequence]) -> tuple[list[int], list[int]]:

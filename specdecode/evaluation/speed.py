@@ -17,6 +17,7 @@ from specdecode.decoding.drafters import Drafter
 from specdecode.decoding.loop import as_drafter, generate
 from specdecode.decoding.metrics import DecodingMetrics
 from specdecode.decoding.sequence import Route, SamplingParams, Sequence
+from specdecode.decoding.verification import VerifierName, create_verifier
 from specdecode.evaluation.prompts import DOMAINS, load_prompts
 from specdecode.text import Tokenizer
 
@@ -34,6 +35,7 @@ class SpeedConfig(StrictModel):
     K: int = Field(default=4, ge=0, description="tokens drafted in a round")
     max_tokens: int = Field(default=64, gt=0)
     temperature: float = Field(default=0.0, ge=0)
+    verifier: VerifierName = "rejection"
     dtype: str = "auto"
     device: str = "auto"
     num_threads: int | None = Field(default=None, gt=0, description="CPU threads; torch's own choice if unset")
@@ -76,7 +78,7 @@ def _decode(
     params = SamplingParams(temperature=config.temperature, max_tokens=config.max_tokens, seed=0)
     sequence = Sequence(list(tokens), params, Route(name, config.K))
     metrics, started = DecodingMetrics(), time.perf_counter()
-    for rounds in generate([sequence], drafter, target):
+    for rounds in generate([sequence], drafter, target, create_verifier(config.verifier)):
         metrics.add(rounds[0][1], time.perf_counter() - started)
     return sequence, metrics
 

@@ -61,6 +61,12 @@ def target_law(target: ModelBackend, *, prompt: list[int], params: SamplingParam
     return law
 
 
+def expected_accepted(target: ModelBackend, drafter: Drafter, verifier: Verifier, sequence: Sequence, support: int) -> float:
+    """How many drafted tokens a round accepts on average, over all drafts."""
+    drafts, chances = _every_draft(drafter, sequence, support)
+    return float((chances[:, None] * verifier.reach(_block(target, sequence, drafts))).sum())
+
+
 def largest_difference(one: Law, other: Law) -> float:
     """The largest difference between two laws in the probability of any sequence."""
     return max(abs(one[tokens] - other[tokens]) for tokens in one.keys() | other.keys())
@@ -70,9 +76,7 @@ def _round_law(target: ModelBackend, drafter: Drafter, verifier: Verifier, seque
     """The probability of all that one round may add to the sequence."""
     drafts, chances = _every_draft(drafter, sequence, support)
     k = sequence.route.k
-    rows = [Row(str(index), sequence.tokens + draft.tokens, k + 1) for index, draft in enumerate(drafts)]
-    p = probabilities(target.logits(rows), [sequence.params] * (len(rows) * (k + 1)))
-    block = Block.of(drafts, p)
+    block = _block(target, sequence, drafts)
     reach = verifier.reach(block)  # [drafts, k]
     edge = reach.new_ones(len(drafts), 1)
     exactly = torch.cat([edge, reach], 1) - torch.cat([reach, 0 * edge], 1)  # [drafts, k + 1]
@@ -86,6 +90,12 @@ def _round_law(target: ModelBackend, drafter: Drafter, verifier: Verifier, seque
                 if chance:
                     law[(*draft.tokens[:length], token)] += chance
     return law
+
+
+def _block(target: ModelBackend, sequence: Sequence, drafts: list[Draft]) -> Block:
+    width = sequence.route.k + 1
+    rows = [Row(str(index), sequence.tokens + draft.tokens, width) for index, draft in enumerate(drafts)]
+    return Block.of(drafts, probabilities(target.logits(rows), [sequence.params] * (len(rows) * width)))
 
 
 def _every_draft(drafter: Drafter, sequence: Sequence, support: int) -> tuple[list[Draft], torch.Tensor]:

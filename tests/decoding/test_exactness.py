@@ -10,10 +10,10 @@ import torch
 from specdecode.backends.table import TableModel, random_table
 from specdecode.decoding.drafters import ModelDrafter
 from specdecode.decoding.sequence import Draft, Route, SamplingParams, Sequence
-from specdecode.decoding.verification import Block, RejectionVerifier, accept
-from tests.decoding.enumeration import emitted_law, largest_difference, target_law
+from specdecode.decoding.verification import Block, BlockVerifier, RejectionVerifier, accept
+from tests.decoding.enumeration import emitted_law, expected_accepted, largest_difference, target_law
 
-VERIFIERS = [RejectionVerifier()]
+VERIFIERS = [RejectionVerifier(), BlockVerifier()]
 SAMPLING = [
     SamplingParams(temperature=1.0),
     SamplingParams(temperature=0.7),
@@ -121,6 +121,19 @@ def test_the_law_of_a_ragged_batch_is_that_of_each_draft_alone(verifier):
             lengths = torch.tensor([min(length, len(other.tokens)) for other, _ in pairs])
             emission = verifier.emission(batch, lengths)[index]
             torch.testing.assert_close(emission, verifier.emission(alone, torch.tensor([length]))[0])
+
+
+def test_block_verification_accepts_no_less_than_rejection_and_sometimes_more():
+    gains = []
+    for seed in range(8):
+        target, drafter = table(4, 2 * seed), ModelDrafter(table(4, 2 * seed + 1))
+        sequence = Sequence([0, 1], SamplingParams(temperature=1.0), Route("draft", 3))
+        rejection, block = (
+            expected_accepted(target, drafter, verifier, sequence, 4) for verifier in (RejectionVerifier(), BlockVerifier())
+        )
+        gains.append(block - rejection)
+    assert min(gains) > -1e-12
+    assert max(gains) > 0.01
 
 
 @pytest.mark.parametrize("verifier", VERIFIERS, ids=lambda verifier: type(verifier).__name__)
