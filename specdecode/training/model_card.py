@@ -1,6 +1,7 @@
 """What a run did and reached in, the text of a model card out."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 # Where the documents of each source come from, and under which licence they are.
@@ -120,9 +121,21 @@ def _recipe(name: str, run: dict[str, Any], is_draft: bool) -> str:
     sampled, text = f"{distillation['sampled_share']:.0%}", f"{distillation['text_share']:.0%}"
     return f"""`python -m jobs.train_draft --config configs/tiny/{recipe}`
 
-The draft starts from `{run["config"]["model"]["draft_model"]}`. It learns the target's next-token distribution (KL
+{_origin(run)} It learns the target's next-token distribution (KL
 divergence) on the target's own continuations of {distillation["num_prompts"]:,} training prompts, {sampled} of them sampled at
 temperature {distillation["temperature"]} and the others greedy, and in {text} of the batches on the domain's text."""
+
+
+def _origin(run: dict[str, Any]) -> str:
+    """What the draft's weights were before: the target's first layers, or what an earlier stage trained."""
+    start = run.get("start", {})
+    if "distillation" not in start.get("config", {}):
+        return f"The draft starts from the first layer of `{run['config']['model']['draft_model']}`."
+    result, recipe = start["result"], Path(start["config"]["training"]["output_dir"]).name.removeprefix("draft-")
+    return (
+        f"The draft starts from what `distill_{recipe.replace('-', '_')}.yaml` made of the target's first layer in\n"
+        f"{result['num_steps']:,} steps and {result['num_tokens']:,} scored tokens, and goes on with the same data."
+    )
 
 
 def _data_rows(run: dict[str, Any]) -> str:

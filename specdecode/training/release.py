@@ -119,7 +119,11 @@ def _read_run(folder: Path) -> dict[str, Any]:
     path = folder / "run.json"
     if not path.exists():
         raise ConfigError(f"checkpoints_dir: expected a finished training in {folder}, but {path} does not exist")
-    return dict(json.loads(path.read_text(encoding="utf-8")))
+    run = dict(json.loads(path.read_text(encoding="utf-8")))
+    start = Path(run["config"].get("model", {}).get("draft_model", "")).parent / "run.json"
+    if start.exists():  # a second stage: the card tells of the first one too
+        run["start"] = json.loads(start.read_text(encoding="utf-8"))
+    return run
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -69,6 +69,7 @@ def fit(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, config))
     best, best_step = {"mean": math.inf}, 0
     started, num_tokens = time.perf_counter(), 0
+    model.train()
     for step, batch in enumerate(itertools.islice(batches, config.num_train_steps), start=1):
         value = _update(model, loss, batch, optimizer, config)
         schedule.step()

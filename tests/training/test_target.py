@@ -19,6 +19,7 @@ RECIPES = {
     "pretrain_target": TargetTrainingConfig,
     "distill_generic": DraftTrainingConfig,
     "distill_code": DraftTrainingConfig,
+    "distill_chat_start": DraftTrainingConfig,
     "distill_chat": DraftTrainingConfig,
     "distill_reasoning": DraftTrainingConfig,
     "train_release": ReleaseConfig,
