@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 MODELS: dict[str, type[BaseModel]] = {
     "tiny/benchmark.yaml": SpeedConfig,
     "tiny/distill_chat.yaml": DraftTrainingConfig,
+    "tiny/distill_chat_start.yaml": DraftTrainingConfig,
     "tiny/distill_code.yaml": DraftTrainingConfig,
     "tiny/distill_generic.yaml": DraftTrainingConfig,
     "tiny/distill_reasoning.yaml": DraftTrainingConfig,
