@@ -47,7 +47,7 @@ def describe(name: str, run: dict[str, Any], table: AcceptanceTable) -> str:
     is_draft = "distillation" in run["config"]
     result = run["result"]
     losses = ", ".join(f"{key} {loss:.3f}" for key, loss in result["validation_losses"].items())
-    kind = "KL divergence from the target, in nats" if is_draft else "cross-entropy, in nats per token"
+    loss = "held-out training loss, in nats" if is_draft else "held-out loss (cross-entropy, in nats per token)"
     return f"""---
 license: mit
 library_name: transformers
@@ -72,7 +72,7 @@ The models produce text that looks like their training data; they know nothing a
 | steps | {result["num_steps"]:,} (best checkpoint at {result["best_step"]:,}) |
 | scored tokens | {result["num_tokens"]:,} |
 | time | {result["time_s"] / 60:.0f} minutes on a two-core CPU machine that had other work too |
-| held-out loss ({kind}) | {losses} |
+| {loss} | {losses} |
 | weights | bfloat16, input and output embeddings tied |
 | versions | {", ".join(f"{package} {version}" for package, version in run["versions"].items())} |
 
