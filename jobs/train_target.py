@@ -1,29 +1,18 @@
 """Trains a target from scratch: `python -m jobs.train_target --config configs/tiny/pretrain_target.yaml`."""
 
-import argparse
-import logging
 import sys
 
-from specdecode.config import load_config
-from specdecode.errors import UserError
+from jobs.command import run_job
 from specdecode.training.target import TargetTrainingConfig, train_target
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the job and returns its exit status: 0, or 2 for what the user can fix."""
-    parser = argparse.ArgumentParser(prog="python -m jobs.train_target", description="Train a small target model.")
-    parser.add_argument("--config", required=True, help="a YAML file such as configs/tiny/pretrain_target.yaml")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
-    options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    try:
-        result = train_target(load_config(options.config, TargetTrainingConfig, options.overrides))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    losses = ", ".join(f"{name} {loss:.4f}" for name, loss in result.validation_losses.items())
-    print(f"best checkpoint at step {result.best_step}: validation loss {losses}")
-    return 0
+    """Runs the job and returns its exit status."""
+    return run_job("train_target", "Train a small target model.", TargetTrainingConfig, _run, arguments)
+
+
+def _run(config: TargetTrainingConfig) -> str:
+    return train_target(config).summary()
 
 
 if __name__ == "__main__":

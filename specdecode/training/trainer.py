@@ -50,6 +50,11 @@ class TrainingResult:
     time_s: float
     validation_losses: dict[str, float]
 
+    def summary(self) -> str:
+        """One line for people."""
+        losses = ", ".join(f"{name} {loss:.4f}" for name, loss in self.validation_losses.items())
+        return f"best checkpoint at step {self.best_step}: validation loss {losses}"
+
 
 def fit(
     model: nn.Module,
