@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import takewhile
 from typing import Any, Protocol
 
 from transformers import AutoTokenizer
@@ -80,6 +81,51 @@ class Tokenizer:
         """Turns ids into text, without special tokens."""
         return self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """The id of each token, as the tokenizer writes tokens down."""
+        return self._tokenizer.get_vocab()
+
+    @property
+    def added_ids(self) -> frozenset[int]:
+        """Tokens that are found in a text before the tokenizer's model sees it."""
+        return frozenset(self._tokenizer.added_tokens_decoder)
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that are no text."""
+        added = self._tokenizer.added_tokens_decoder
+        return frozenset(id for id in added if added[id].special) | frozenset(self._tokenizer.all_special_ids)
+
+    @property
+    def start_ids(self) -> list[int]:
+        """Special tokens that `encode` puts before every text."""
+        encoded = self._tokenizer("x", return_special_tokens_mask=True)
+        pairs = zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True)
+        return [token for token, _ in takewhile(lambda pair: pair[1], pairs)]
+
+    @property
+    def eos_id(self) -> int | None:
+        """The token that ends a text, if there is one."""
+        return self._tokenizer.eos_token_id
+
+    @property
+    def decoder_steps(self) -> list[dict[str, Any]]:
+        """The steps that turn tokens into text, in the words of the tokenizers library; none if it does not describe them."""
+        decoder = getattr(getattr(self._tokenizer, "backend_tokenizer", None), "decoder", None)
+        step = {} if decoder is None else json.loads(decoder.__getstate__())
+        return step.get("decoders", [step] if step else [])
+
+    @property
+    def affixes(self) -> list[str]:
+        """Marks of a word's end, or of a token inside a word, that the tokenizer's model knows."""
+        model = getattr(getattr(self._tokenizer, "backend_tokenizer", None), "model", None)
+        return [mark for name in ("continuing_subword_prefix", "end_of_word_suffix") if (mark := getattr(model, name, None))]
+
+    def split(self, written: str) -> list[int]:
+        """Turns a text, written as the tokens are, into ids by the tokenizer's model alone."""
+        return [token.id for token in self._tokenizer.backend_tokenizer.model.tokenize(written)]
+
     def detokenizer(self) -> "Detokenizer":
         """Starts decoding one stream of ids."""
         return Detokenizer(self)
@@ -153,3 +199,28 @@ class StopStrings:
             (n for stop in self._stops for n in range(1, len(stop)) if self._held.endswith(stop[:n])),
             default=0,
         )
+
+
+class StopCriterion:
+    """Watches a stream of ids for strings that end it.
+
+    Args:
+        tokenizer: turns the ids into text.
+        stops: the strings.
+        min_tokens: nothing ends the stream before so many ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: str | Sequence[str], min_tokens: int = 0) -> None:
+        self._detokenizer = tokenizer.detokenizer()
+        self._stops = StopStrings([stops] if isinstance(stops, str) else stops)
+        self._num_free = min_tokens
+
+    def feed(self, tokens: Sequence[int]) -> int | None:
+        """Takes more ids; returns how many of them stand up to the end of a stop string, None if there is none."""
+        for count, token in enumerate(tokens, start=1):
+            text = self._detokenizer.decode([token])
+            if self._num_free > 0:
+                self._num_free -= 1
+            elif self._stops.feed(text) is not None and self._stops.is_stopped:
+                return count
+        return None

@@ -1,5 +1,6 @@
 """Tiny random models and a tokenizer, saved as checkpoints for all tests."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,7 +12,24 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Pr
 
 VOCAB_SIZE = 61
 
+# (verifier, drafter, K) -> settings, sequences whose probability was compared, and the largest difference from the target's.
+EXACTNESS: dict[tuple[str, str, int], tuple[int, int, float]] = defaultdict(lambda: (0, 0, 0.0))
+
 SaveModel = Callable[[PreTrainedConfig, int], str]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Shows what the exact enumeration added up."""
+    if not EXACTNESS:
+        return
+    terminalreporter.section("probability of every sequence against the target's: largest difference")
+    depths = sorted({k for _, _, k in EXACTNESS})
+    terminalreporter.write_line(f"{'verifier':<11}{'drafter':<21}" + "".join(f"{'K = ' + str(k):>10}" for k in depths))
+    for verifier, drafter in dict.fromkeys((verifier, drafter) for verifier, drafter, _ in EXACTNESS):
+        cells = [EXACTNESS[verifier, drafter, k] for k in depths]
+        terminalreporter.write_line(f"{verifier:<11}{drafter:<21}" + "".join(f"{cell[2]:>10.1e}" for cell in cells))
+    num_cells, num_sequences = (sum(cell[field] for cell in EXACTNESS.values()) for field in (0, 1))
+    terminalreporter.write_line(f"{num_cells} combinations of verifier, drafter, K and parameters; {num_sequences} sequences")
 
 
 @pytest.fixture(scope="session", autouse=True)

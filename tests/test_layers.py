@@ -12,6 +12,7 @@ LAYERS = {
     "specdecode.config": 1,
     "specdecode.embedded": 1,
     "specdecode.text": 2,
+    "specdecode.vocabulary": 3,
     "specdecode.backends": 3,
     "specdecode.decoding": 4,
     "specdecode.training": 5,

@@ -6,10 +6,10 @@ Nothing here knows of drafts, acceptance or requests.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from specdecode.config import StrictModel
 
@@ -71,12 +71,34 @@ class ModelConfig(StrictModel):
         description="auto: as stored on a GPU, float32 on a CPU",
     )
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
-    attention: str = Field(default="sdpa", pattern="^(sdpa|eager)$", description="the attention implementation")
+    attn_implementation: str = Field(
+        default="auto", description="auto, sdpa or eager; auto: sdpa, and eager for models that sdpa would change"
+    )
+    compile: bool = Field(default=False, description="compile the forward pass: slow first calls, faster ones after")
+    quantization: dict[str, Any] | None = Field(
+        default=None, description="a transformers quantization config, such as {quant_method: bitsandbytes, load_in_4bit: true}"
+    )
+    adapter: str | None = Field(default=None, description="a PEFT adapter's folder, merged into the weights")
     max_length: int | None = Field(
         default=None, gt=0, description="the longest sequence in tokens; the model's own limit if unset"
     )
     max_rows: int = Field(default=64, gt=0, description="how many sequences the key-value cache remembers at the most")
     prefill_chunk: int = Field(default=512, gt=0, description="how many prompt tokens one forward pass takes at the most")
+    preallocate: bool = Field(default=False, description="take the cache's whole memory at load, not as it fills")
+
+    @field_validator("attn_implementation")
+    @classmethod
+    def _is_attn_implementation(cls, value: str) -> str:
+        return check_attn_implementation(value)
+
+
+def check_attn_implementation(value: str) -> str:
+    """Returns `value`, or raises a `ValueError` that says why it cannot be the attention implementation."""
+    if "flash" in value:
+        raise ValueError("flash attention takes no 4-D masks, which rows of unequal length need: expected auto, sdpa or eager")
+    if value not in ("auto", "sdpa", "eager"):
+        raise ValueError("expected auto, sdpa or eager")
+    return value
 
 
 def create_backend(
@@ -84,10 +106,14 @@ def create_backend(
     dtype: str | torch.dtype = "auto",
     device: str = "auto",
     *,
-    attention: str = "sdpa",
+    attn_implementation: str = "auto",
+    compile: bool = False,
+    quantization: dict[str, Any] | None = None,
+    adapter: str | None = None,
     max_length: int | None = None,
     max_rows: int = 64,
     prefill_chunk: int = 512,
+    preallocate: bool = False,
 ) -> ModelBackend:
     """Opens a Hugging Face causal language model by its hub name, a checkpoint folder, or an embedded model's name.
 
@@ -95,13 +121,17 @@ def create_backend(
         name_or_path: such as "Qwen/Qwen2.5-7B", "checkpoints/draft-code/best" or "tiny/target".
         dtype: "float32", "bfloat16" or "float16"; "auto" is the stored one on a GPU and float32 on a CPU.
         device: "cpu", "cuda", "cuda:1"; "auto" is the first GPU if there is one.
-        attention: "sdpa" or "eager".
+        attn_implementation: "sdpa" or "eager"; "auto" is sdpa, and eager for models that sdpa would change, such as Gemma 2.
+        compile: compiles the forward pass, which makes the first calls slow and those after faster.
+        quantization: a transformers quantization config, such as {"quant_method": "bitsandbytes", "load_in_4bit": True}.
+        adapter: the folder of a PEFT adapter to merge into the weights.
         max_length: the longest sequence, in tokens; the model's own limit if None.
         max_rows: how many sequences the key-value cache remembers at the most.
         prefill_chunk: how many prompt tokens one forward pass takes at the most.
+        preallocate: takes the cache's whole memory, `max_rows` times `max_length`, now and not as it fills.
 
     Raises:
-        ModelError: there is no such model, or it is none that can be decoded.
+        ModelError: there is no such model, it is none that can be decoded, or an option does not fit it.
     """
     from specdecode.backends.huggingface import HuggingFaceBackend  # transformers takes seconds to import
 
@@ -109,10 +139,14 @@ def create_backend(
         str(name_or_path),
         dtype=dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch."),
         device=device,
-        attention=attention,
+        attn_implementation=attn_implementation,
+        compile=compile,
+        quantization=quantization,
+        adapter=adapter,
         max_length=max_length,
         max_rows=max_rows,
         prefill_chunk=prefill_chunk,
+        preallocate=preallocate,
     )
 
 

@@ -1,25 +1,25 @@
 """Any transformers causal language model: a ragged batch of tokens in, logits out, one forward pass."""
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
-import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from specdecode.backends.backend import Row
 from specdecode.backends.kv_cache import RowCache
-from specdecode.embedded import resolve_model
+from specdecode.backends.loading import eos_token_ids, load_model, mask_kinds, read_config, resolve_device, resolve_length
+from specdecode.backends.memory import readable_bytes, shape_cache
 from specdecode.errors import ModelError
 from specdecode.text import Tokenizer
 
-_MASKED_KINDS = {"full_attention", "sliding_attention"}
-
 
 class HuggingFaceBackend:
-    """A `ModelBackend` over a transformers model and a cache of rows; see `create_backend` for the arguments."""
+    """A `ModelBackend` over a transformers model and a cache of rows; see `create_backend` for the arguments.
+
+    Attributes:
+        num_computed_tokens: how many tokens have gone through the model since it was opened, padding not counted.
+    """
 
     def __init__(
         self,
@@ -27,28 +27,39 @@ class HuggingFaceBackend:
         *,
         dtype: str = "auto",
         device: str = "auto",
-        attention: str = "sdpa",
+        attn_implementation: str = "auto",
+        compile: bool = False,
+        quantization: dict[str, Any] | None = None,
+        adapter: str | None = None,
         max_length: int | None = None,
         max_rows: int = 64,
         prefill_chunk: int = 512,
+        preallocate: bool = False,
     ) -> None:
         self.name = name_or_path
-        self.device = _resolve_device(device)
-        self._folder = resolve_model(name_or_path)
-        with _quiet_loading(), _model_errors(name_or_path):
-            config = AutoConfig.from_pretrained(self._folder)
-            text_config = config.get_text_config()
-            self._mask_kinds = _mask_kinds(text_config, name_or_path)
-            self.model = AutoModelForCausalLM.from_pretrained(
-                self._folder, config=config, dtype=_resolve_dtype(dtype, self.device), attn_implementation=attention
-            )
-        self.model = self.model.to(self.device).eval()
+        self.device = resolve_device(device)
+        config = read_config(name_or_path)
+        text_config = config.get_text_config()
+        self._mask_kinds = mask_kinds(text_config, name_or_path)
+        self.max_length: int = resolve_length(max_length, text_config, name_or_path)
+        self.model = load_model(
+            name_or_path,
+            config,
+            dtype=dtype,
+            device=self.device,
+            attn_implementation=attn_implementation,
+            quantization=quantization,
+            adapter=adapter,
+        )
+        self._run = torch.compile(self.model, dynamic=True) if compile else self.model
         self.vocab_size: int = self.model.get_output_embeddings().weight.shape[0]
-        self.max_length: int = _resolve_length(max_length, text_config, name_or_path)
-        self.eos_token_ids = _eos_token_ids(self.model.generation_config, config)
+        self.eos_token_ids = eos_token_ids(self.model.generation_config, config)
+        self.num_computed_tokens = 0
         self._sliding_window: int = getattr(text_config, "sliding_window", None) or self.max_length
         self._prefill_chunk = prefill_chunk
         self.cache = RowCache(text_config.num_hidden_layers, max_rows, self.max_length)
+        if preallocate:
+            self._preallocate()
 
     @cached_property
     def vocabulary_id(self) -> str:
@@ -69,6 +80,18 @@ class HuggingFaceBackend:
         for index, (number, row) in enumerate(zip(numbers, rows, strict=True)):
             starts[index] = self._prefill(number, row, starts[index])
         return self._forward(rows, numbers, starts)
+
+    def _preallocate(self) -> None:
+        """Takes the cache's whole memory, so that a lack of it shows now and not under load."""
+        shape_cache(self.cache, self.model)
+        try:
+            self.cache.reserve()
+        except RuntimeError as error:  # torch.OutOfMemoryError is one; a CPU's allocator raises it as it is
+            raise ModelError(
+                f"model {self.name!r}: {self.device} has no room for a cache of {self.cache.num_bytes_reserved()} bytes "
+                f"({self.cache.max_rows} rows x {self.max_length} tokens x "
+                f"{readable_bytes(self.cache.num_bytes_per_token())}): lower max_rows or max_length"
+            ) from error
 
     def _start(self, number: int, row: Row) -> int:
         """The first position to compute: after what the row remembers, but not after what is to be scored."""
@@ -96,7 +119,7 @@ class HuggingFaceBackend:
             return self._empty()
         window = self.cache.open(first, first + len(rows), starts, ends, self.device)
         tokens, positions = self._inputs([rows[index].tokens for index in order], starts, num_new)
-        scored = self.model(
+        scored = self._run(
             input_ids=tokens,
             position_ids=positions,
             attention_mask=self._masks(positions, window.length),
@@ -104,6 +127,7 @@ class HuggingFaceBackend:
             use_cache=True,
             logits_to_keep=max(max(num_scored), 1),
         ).logits  # [len(rows), max(num_scored), vocab_size]
+        self.num_computed_tokens += sum(ends) - sum(starts)
         for index, end in zip(order, ends, strict=True):
             self.cache.remember(numbers[index], rows[index].tokens[:end])
         return self._ragged(scored, order, num_scored)
@@ -143,77 +167,3 @@ class HuggingFaceBackend:
 
     def _empty(self) -> torch.Tensor:
         return torch.empty(0, self.vocab_size, device=self.device, dtype=self.model.dtype)
-
-
-@contextlib.contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Keeps transformers' loading bars off a terminal that streams text."""
-    was_enabled = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            transformers.utils.logging.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def _model_errors(name: str) -> Iterator[None]:
-    try:
-        yield
-    except ModelError:
-        raise
-    except Exception as error:  # a checkpoint may be broken in any way
-        reason = " ".join(str(error).split())
-        raise ModelError(f"model {name!r} cannot be loaded: {reason[:600]}") from error
-
-
-def _resolve_device(device: str) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-    except RuntimeError as error:
-        raise ModelError(f"device {device!r}: expected auto, cpu, cuda or cuda:N") from error
-    if resolved.type not in ("cpu", "cuda"):
-        raise ModelError(f"device {device!r}: expected auto, cpu, cuda or cuda:N")
-    if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError(f"device {device!r}: this machine has no CUDA device")
-    return resolved
-
-
-def _resolve_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
-    if dtype == "auto":
-        return torch.float32 if device.type == "cpu" else "auto"
-    resolved = getattr(torch, dtype, None)
-    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
-        raise ModelError(f"dtype {dtype!r}: expected auto, float32, bfloat16 or float16")
-    return resolved
-
-
-def _resolve_length(max_length: int | None, config: Any, name: str) -> int:
-    limit: int | None = getattr(config, "max_position_embeddings", None)
-    if max_length is not None and max_length < 1:
-        raise ModelError(f"max_length: expected at least 1, got {max_length}")
-    if limit is None and max_length is None:
-        raise ModelError(f"model {name!r} states no context length: give max_length")
-    if limit is not None and max_length is not None and max_length > limit:
-        raise ModelError(f"max_length {max_length}: model {name!r} takes at most {limit} tokens")
-    return max_length or limit or 0
-
-
-def _eos_token_ids(generation_config: GenerationConfig, config: Any) -> frozenset[int]:
-    ids = generation_config.eos_token_id if generation_config.eos_token_id is not None else config.eos_token_id
-    return frozenset([ids] if isinstance(ids, int) else ids or [])
-
-
-def _mask_kinds(config: Any, name: str) -> list[str]:
-    """The kinds of attention mask that the model's layers need."""
-    kinds = set(getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or [])
-    if getattr(config, "alibi", False) or config.model_type == "bloom":
-        kinds.add("alibi_attention")
-    if not kinds:
-        kinds = {"sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"}
-    if unknown := kinds - _MASKED_KINDS:
-        raise ModelError(f"model {name!r} has layers of {', '.join(sorted(unknown))}: expected full or sliding attention")
-    return sorted(kinds)

@@ -5,6 +5,7 @@ remembering fewer of its tokens: no memory moves. A batch is always a contiguous
 slice of the cache and never a gathered copy.
 """
 
+import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -101,6 +102,16 @@ class RowCache(Cache):
         """Notes that the row now holds the keys and values of exactly `tokens`."""
         self.rows[row].tokens = tokens
 
+    def reserve(self) -> None:
+        """Takes the memory for all rows at full length; a layer that has no keys yet takes its part when they arrive."""
+        self._length = self.max_length
+        for layer in self.layers:
+            layer.resize(self.max_rows, self.max_length)
+
+    def forget(self) -> None:
+        """Forgets every row, and keeps the memory."""
+        self.rows.clear()
+
     def clear(self) -> None:
         """Forgets everything, and gives the memory back."""
         self.rows.clear()
@@ -111,6 +122,28 @@ class RowCache(Cache):
     def num_bytes(self) -> int:
         """The memory that keys and values take."""
         return sum(layer.num_bytes() for layer in self.layers)
+
+    def num_bytes_per_token(self) -> int:
+        """The memory that one token takes in all layers; 0 before the first keys arrive."""
+        return sum(layer.num_bytes_per_token() for layer in self.layers)
+
+    def num_bytes_reserved(self) -> int:
+        """The memory that all rows take at full length, the position for padding included."""
+        return self.max_rows * (self.max_length + 1) * self.num_bytes_per_token()
+
+    def check(self) -> None:
+        """Asserts that rows, memos and layers agree with each other."""
+        ids = [memo.id for memo in self.rows]
+        assert len(set(ids)) == len(ids), f"two rows are of one sequence: {ids}"
+        assert len(ids) <= self.max_rows, f"{len(ids)} rows are remembered, more than max_rows {self.max_rows}"
+        longest = max((len(memo.tokens) for memo in self.rows), default=0)
+        assert longest <= self._length, f"a row remembers {longest} tokens in a cache of length {self._length}"
+        assert self._length <= self.max_length, f"the cache is {self._length} long, more than max_length {self.max_length}"
+        for number, layer in enumerate(self.layers):
+            assert len(ids) <= layer.num_rows <= self.max_rows, f"layer {number} has {layer.num_rows} rows for {len(ids)} memos"
+            assert layer.length == self._length, f"layer {number} has length {layer.length}, the cache {self._length}"
+            layer.check()
+        assert len({layer.num_rows for layer in self.layers}) <= 1, "the layers have unequal numbers of rows"
 
     def _take_row(self, id: str, tokens: list[int]) -> int:
         if len(self.rows) < self.max_rows:
@@ -206,6 +239,16 @@ class RowLayer(CacheLayerMixin):
     def num_bytes(self) -> int:
         """The memory that this layer takes."""
         return sum(states.nbytes for states in self._states())
+
+    def num_bytes_per_token(self) -> int:
+        """The memory of one position of one row; 0 before the first keys arrive."""
+        return sum(math.prod(states.shape[2:]) * states.element_size() for states in self._states())
+
+    def check(self) -> None:
+        """Asserts that keys and values have the room that the layer says they have."""
+        for states in self._states():
+            room = (self.num_rows, self.length + 1)
+            assert states.shape[:2] == room, f"keys or values have room for {tuple(states.shape[:2])}, the layer for {room}"
 
     def get_seq_length(self) -> int:
         """The window's length; rows have lengths of their own."""

@@ -1,13 +1,18 @@
 """Sequences in, guesses out. A guess may be wrong, late or empty, and costs only speed."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence as Several
+from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from specdecode.backends.backend import ModelBackend, Row
-from specdecode.decoding.sampling import Purpose, probabilities, sample, sparsify, uniforms
+from specdecode.decoding.constraints import Scored
+from specdecode.decoding.sampling import Purpose, log_probabilities, sample, sparsify, uniforms
 from specdecode.decoding.sequence import Draft, Sequence
+from specdecode.errors import RequestError
+from specdecode.vocabulary import SameVocabulary, Translation
 
 DEFAULT_SUPPORT = 64
 
@@ -33,47 +38,151 @@ class ModelDrafter:
 
     Args:
         backend: the draft model.
+        translation: between its vocabulary and the target's; the same one if None.
+        eos_token_ids: the target's end tokens, after which there is nothing to draft; the draft model's own if None.
         support: how many tokens each q covers at the most; the fewer, the less there is to send, and the draft stays exact.
-        vocab_size: tokens from this one on, which the target does not have, are never drafted.
+        min_confidence: a draft ends where the draft model gives all of it less than this probability; 0 never does.
     """
 
-    def __init__(self, backend: ModelBackend, *, support: int = DEFAULT_SUPPORT, vocab_size: int | None = None) -> None:
+    def __init__(
+        self,
+        backend: ModelBackend,
+        translation: Translation | None = None,
+        *,
+        eos_token_ids: frozenset[int] | None = None,
+        support: int = DEFAULT_SUPPORT,
+        min_confidence: float = 0.0,
+    ) -> None:
         self.backend = backend
+        self._translation = translation or SameVocabulary(backend.vocab_size, backend.vocab_size)
+        self._eos_token_ids = backend.eos_token_ids if eos_token_ids is None else eos_token_ids
         self._support = support
-        self._vocab_size = vocab_size or backend.vocab_size
+        self._min_confidence = min_confidence
 
     @torch.inference_mode()
     def propose(self, sequences: list[Sequence]) -> list[Draft]:
         """See `Drafter.propose`."""
-        ks = [self._k(sequence) for sequence in sequences]
-        longest = max(ks)
-        size = self._support if any(sequence.params.temperature > 0 for sequence in sequences) else 1
+        guesses = [self._begin(sequence) for sequence in sequences]
+        longest = max(guess.k for guess in guesses)
+        size = self._support if any(sequence.params.is_sampled for sequence in sequences) else 1
         u = uniforms([s.seed for s in sequences], [len(s.tokens) for s in sequences], Purpose.DRAFT, longest)
-        tokens: list[list[int]] = [[] for _ in sequences]
-        steps: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in sequences]
         for offset in range(longest):
-            active = [index for index, k in enumerate(ks) if k > offset]
-            rows = [Row(sequences[i].id, sequences[i].tokens + tokens[i], 1) for i in active]
-            drawn, support, q = self._step(rows, [sequences[i] for i in active], size, u[active, offset])
-            for place, index in enumerate(active):
-                tokens[index].append(drawn[place])
-                steps[index].append((support[place], q[place]))
-        return [_draft(drafted, parts) for drafted, parts in zip(tokens, steps, strict=True)]
+            active = [number for number, guess in enumerate(guesses) if guess.k > offset]
+            if active:
+                self._extend([guesses[number] for number in active], size, u[active, offset])
+        return [guess.draft() for guess in guesses]
 
-    def _k(self, sequence: Sequence) -> int:
-        if max(sequence.tokens) >= self.backend.vocab_size:  # the target may know tokens that the draft does not
-            return 0
-        return max(0, min(sequence.num_wanted, self.backend.max_length - len(sequence.tokens)))
+    def _begin(self, sequence: Sequence) -> "_Guess":
+        context = self._translation.context(sequence.tokens)
+        if context is None:  # the target may know tokens that the draft does not
+            return _Guess(sequence, [], 0)
+        return _Guess(sequence, list(context), max(0, min(sequence.num_wanted, self.backend.max_length - len(context))))
 
-    def _step(
-        self, rows: list[Row], sequences: list[Sequence], size: int, u: torch.Tensor
-    ) -> tuple[list[int], torch.Tensor, torch.Tensor]:
-        """Drafts one token for each row; returns the tokens and their q, [rows, m], m at the most `size`."""
-        params = [sequence.params for sequence in sequences]
-        logits = self.backend.logits(rows)[:, : self._vocab_size]
-        support, q = sparsify(probabilities(logits, params), size)
-        drawn = support.gather(-1, sample(q, u)[:, None]).squeeze(-1)
-        return drawn.tolist(), support.cpu(), q.cpu()
+    def _extend(self, guesses: list["_Guess"], size: int, u: torch.Tensor) -> None:
+        """Drafts one more token for each, with a q of `size` tokens; a guess that ends here wants no more than it has."""
+        logits = self._translation.logits(self.backend.logits([Row(g.sequence.id, g.context, 1) for g in guesses]))
+        confidence = logits.float().softmax(-1) if self._min_confidence else None
+        scored = [Scored(guess.sequence, guess.tokens, 1) for guess in guesses]
+        log_q = log_probabilities(logits, scored, self._eos_token_ids)
+        support, q = sparsify(log_q, size)
+        is_open = q.isfinite().all(-1)  # the request may allow none of the draft's tokens
+        drawn = support.gather(-1, sample(torch.where(is_open[:, None], q, 1.0), u)[:, None])  # [n, 1]
+        chances = confidence.gather(-1, drawn).squeeze(-1).tolist() if confidence is not None else [1.0] * len(guesses)
+        parts = zip(guesses, is_open.tolist(), drawn.squeeze(-1).tolist(), support.cpu(), q.cpu(), chances, strict=True)
+        for guess, is_drawn, token, row_support, row_q, chance in parts:
+            if is_drawn:
+                guess.add(token, row_support, row_q, self._translation.draft_id(token), chance)
+            if not is_drawn or self._is_complete(guess):
+                guess.k = len(guess.tokens)
+
+    def _is_complete(self, guess: "_Guess") -> bool:
+        # Only what was drafted up to here may decide, and nothing of it is taken back: q would not be what it was drawn from.
+        ends = guess.sequence.params.end_token_ids(self._eos_token_ids)
+        return guess.tokens[-1] in ends or guess.confidence < self._min_confidence
+
+
+@dataclass
+class _Guess:
+    """A draft in the making: the draft model's context, and how many tokens are wanted."""
+
+    sequence: Sequence
+    context: list[int]
+    k: int
+    tokens: list[int] = field(default_factory=list)
+    confidence: float = 1.0
+    _support: list[torch.Tensor] = field(default_factory=list)
+    _q: list[torch.Tensor] = field(default_factory=list)
+
+    def add(self, token: int, support: torch.Tensor, q: torch.Tensor, draft_id: int, chance: float) -> None:
+        self.tokens.append(token)
+        self._support.append(support)
+        self._q.append(q)
+        self.context = [*self.context, draft_id]  # a new list: the backend keeps the old one
+        self.confidence *= chance
+
+    def draft(self) -> Draft:
+        if not self.tokens:
+            return Draft.empty()
+        return Draft(self.tokens, torch.stack(self._support), torch.stack(self._q))
+
+
+class PromptLookupDrafter:
+    """Guesses that what followed the last few tokens before will follow them again (Saxena 2023; vLLM's ngram method).
+
+    It takes the longest n-gram at the sequence's end that stands in it before, where it stands last, and copies what follows;
+    the copy may run into itself, so that a loop goes on.
+
+    Args:
+        max_ngram, min_ngram: how many tokens at the end are looked for, at the most and at least.
+    """
+
+    def __init__(self, max_ngram: int = 4, min_ngram: int = 2) -> None:
+        if not 1 <= min_ngram <= max_ngram:
+            raise RequestError(f"min_ngram: expected a number in [1, max_ngram], got {min_ngram} with max_ngram {max_ngram}")
+        self._max_ngram = max_ngram
+        self._min_ngram = min_ngram
+
+    def propose(self, sequences: list[Sequence]) -> list[Draft]:
+        """See `Drafter.propose`."""
+        return [self._guess(sequence) for sequence in sequences]
+
+    def _guess(self, sequence: Sequence) -> Draft:
+        tokens = np.array(sequence.tokens)
+        start = self._continuation(tokens) if sequence.num_wanted > 0 else None
+        if start is None:
+            return Draft.empty()
+        period = len(tokens) - start
+        copied = [int(tokens[start + offset % period]) for offset in range(sequence.num_wanted)]
+        return Draft.certain(copied)
+
+    def _continuation(self, tokens: np.ndarray) -> int | None:
+        """Where what followed the last tokens before begins."""
+        for n in range(min(self._max_ngram, len(tokens) - 1), self._min_ngram - 1, -1):
+            windows = np.lib.stride_tricks.sliding_window_view(tokens[:-1], n)
+            found = (windows == tokens[-n:]).all(-1).nonzero()[0]
+            if len(found):
+                return int(found[-1]) + n
+        return None
+
+
+class ChainDrafter:
+    """A drafter made of drafters: each sequence gets the guess of the first one that has any.
+
+    Args:
+        drafters: the quickest first.
+    """
+
+    def __init__(self, drafters: Several[Drafter]) -> None:
+        self._drafters = list(drafters)
+
+    def propose(self, sequences: list[Sequence]) -> list[Draft]:
+        """See `Drafter.propose`."""
+        drafts = [Draft.empty() for _ in sequences]
+        for drafter in self._drafters:
+            if open_ := [number for number, draft in enumerate(drafts) if not draft.tokens]:
+                for number, draft in zip(open_, drafter.propose([sequences[i] for i in open_]), strict=True):
+                    drafts[number] = draft
+        return drafts
 
 
 class RoutedDrafter:
@@ -95,9 +204,3 @@ class RoutedDrafter:
                 for index, draft in zip(members, drafter.propose([sequences[i] for i in members]), strict=True):
                     drafts[index] = draft
         return drafts
-
-
-def _draft(tokens: list[int], steps: list[tuple[torch.Tensor, torch.Tensor]]) -> Draft:
-    if not tokens:
-        return Draft.empty()
-    return Draft(tokens, torch.stack([support for support, _ in steps]), torch.stack([q for _, q in steps]))

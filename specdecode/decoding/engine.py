@@ -5,12 +5,11 @@ from collections.abc import Iterator
 
 from pydantic import Field
 
-from specdecode.backends.backend import ModelBackend, Row
+from specdecode.backends.backend import ModelBackend
 from specdecode.config import StrictModel
 from specdecode.decoding.drafters import Drafter
-from specdecode.decoding.loop import check_length, step
+from specdecode.decoding.loop import check_sequence, prefill, step
 from specdecode.decoding.sequence import Round, Sequence
-from specdecode.decoding.verification import VerifierName, create_verifier
 from specdecode.errors import OverloadedError
 
 
@@ -19,7 +18,6 @@ class EngineConfig(StrictModel):
 
     max_batch: int = Field(default=16, gt=0, description="how many sequences are decoded together at the most")
     max_queued: int = Field(default=256, ge=0, description="how many sequences wait for a place at the most")
-    verifier: VerifierName = Field(default="rejection", description="how drafted tokens are accepted: rejection or block")
     prefill_chunk: int = Field(default=256, gt=0, description="how many prompt tokens are computed between two rounds")
 
 
@@ -41,7 +39,6 @@ class Engine:
         self.target = target
         self.config = config or EngineConfig()
         self._drafter = drafter
-        self._verifier = create_verifier(self.config.verifier)
         self._queued: deque[Sequence] = deque()
         self._prefilling: deque[tuple[Sequence, int]] = deque()  # with the number of tokens that are computed
         self._decoding: list[Sequence] = []
@@ -68,7 +65,7 @@ class Engine:
             RequestError: it does not fit the target's context.
             OverloadedError: the queue is full.
         """
-        check_length(sequence, self.target)
+        check_sequence(sequence, self.target)
         if self.num_queued + self.num_running >= self.config.max_queued + self.config.max_batch:
             raise OverloadedError(f"{len(self._queued)} requests are waiting already: try again later")
         self._queued.append(sequence)
@@ -91,7 +88,7 @@ class Engine:
         self._prefill()
         if not self._decoding:
             return []
-        rounds = list(zip(self._decoding, step(self._decoding, self._drafter, self.target, self._verifier), strict=True))
+        rounds = list(zip(self._decoding, step(self._decoding, self._drafter, self.target), strict=True))
         self._decoding = [sequence for sequence in self._decoding if sequence.finish_reason is None]
         return rounds
 
@@ -111,7 +108,7 @@ class Engine:
             sequence, start = self._prefilling.popleft()
             end = min(start + budget, len(sequence.tokens) - 1)  # a round scores the last token
             if end > start:
-                self.target.logits([Row(sequence.id, sequence.tokens[:end], 0)])
+                prefill(sequence, self.target, start, end)
             budget -= end - start
             if end == len(sequence.tokens) - 1:
                 self._decoding.append(sequence)

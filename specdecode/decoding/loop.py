@@ -5,48 +5,67 @@ distribution unchanged, and adds one token of the target's own. Plain decoding i
 """
 
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import torch
 
 from specdecode.backends.backend import ModelBackend, Row
+from specdecode.decoding.constraints import Scored, check_constraints
 from specdecode.decoding.drafters import Drafter, ModelDrafter, NoDrafter
+from specdecode.decoding.logprobs import token_logprobs
 from specdecode.decoding.metrics import DecodingMetrics
-from specdecode.decoding.sampling import probabilities
+from specdecode.decoding.sampling import log_probabilities
 from specdecode.decoding.sequence import Draft, FinishReason, Round, Route, SamplingParams, Sequence
-from specdecode.decoding.verification import Block, Verifier, VerifierName, accept, create_verifier
+from specdecode.decoding.verification import accept
 from specdecode.errors import RequestError
-from specdecode.text import check_same_vocabulary
+from specdecode.text import StopCriterion, Tokenizer
+from specdecode.vocabulary import translate
+
+_PROMPT_CHUNK = 256
 
 
 @torch.inference_mode()
-def step(sequences: list[Sequence], drafter: Drafter, target: ModelBackend, verifier: Verifier) -> list[Round]:
+def step(sequences: list[Sequence], drafter: Drafter, target: ModelBackend) -> list[Round]:
     """Advances every sequence by one round: draft, score, accept."""
     started = time.perf_counter()
     drafts = drafter.propose(sequences)
     drafted = time.perf_counter()
-    logits = target.logits([_scored(*pair) for pair in zip(sequences, drafts, strict=True)])  # [sum(k + 1), vocab]
-    params = [sequence.params for sequence, draft in zip(sequences, drafts, strict=True) for _ in range(_width(draft))]
-    lengths, tokens = accept(verifier, Block.of(drafts, probabilities(logits, params)), sequences)
+    scored = [Scored(s, draft.tokens, len(draft.tokens) + 1) for s, draft in zip(sequences, drafts, strict=True)]
+    logits = target.logits([Row(part.sequence.id, part.tokens, part.num_scored) for part in scored])  # [sum(k + 1), vocab]
+    raw = _raw(logits, scored)
+    lengths, tokens = accept(sequences, drafts, log_probabilities(logits, scored, target.eos_token_ids))
     verified = time.perf_counter()
     return [
-        _extend(sequence, draft, length, token, target, drafted - started, verified - drafted)
-        for sequence, draft, length, token in zip(sequences, drafts, lengths, tokens, strict=True)
+        _extend(*part, target, drafted - started, verified - drafted)
+        for part in zip(sequences, drafts, lengths, tokens, raw, strict=True)
     ]
 
 
-def generate(
-    sequences: list[Sequence],
-    drafter: Drafter,
-    target: ModelBackend,
-    verifier: Verifier | None = None,
-) -> Iterator[list[tuple[Sequence, Round]]]:
-    """Decodes all sequences together, and yields after each round what it gave to those that were not finished."""
+def generate(sequences: list[Sequence], drafter: Drafter, target: ModelBackend) -> Iterator[list[tuple[Sequence, Round]]]:
+    """Decodes all sequences together, and yields after each round what it gave to those that were not finished.
+
+    Raises:
+        RequestError: a sequence does not fit the target.
+    """
     for sequence in sequences:
-        check_length(sequence, target)
-    verifier = verifier or create_verifier("rejection")
+        check_sequence(sequence, target)
+        if sequence.params.prompt_logprobs is not None:
+            for start in range(0, len(sequence.tokens) - 1, _PROMPT_CHUNK):
+                prefill(sequence, target, start, min(start + _PROMPT_CHUNK, len(sequence.tokens) - 1))
     while unfinished := [sequence for sequence in sequences if sequence.finish_reason is None]:
-        yield list(zip(unfinished, step(unfinished, drafter, target, verifier), strict=True))
+        yield list(zip(unfinished, step(unfinished, drafter, target), strict=True))
+
+
+@torch.inference_mode()
+def prefill(sequence: Sequence, target: ModelBackend, start: int, end: int) -> None:
+    """Computes the prompt's tokens from `start` to `end`, and how likely the tokens after them are if that is asked for."""
+    num_top = sequence.params.prompt_logprobs
+    num_scored = 0 if num_top is None else end - start
+    logits = target.logits([Row(sequence.id, sequence.tokens[:end], num_scored)])
+    if num_top is not None:
+        sequence.prompt_logprobs += token_logprobs(logits, sequence.tokens[start + 1 : end + 1], num_top)
 
 
 def speculative_decode(
@@ -55,67 +74,90 @@ def speculative_decode(
     input_ids: torch.Tensor,
     max_new_tokens: int = 128,
     K: int = 5,  # noqa: N803  the name that the literature uses
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    stop_token_ids: Collection[int] = (),
-    ignore_eos: bool = False,
-    seed: int | None = None,
-    verifier: Verifier | VerifierName = "rejection",
+    *,
+    n: int = 1,
+    stop: str | list[str] | None = None,
+    tokenizer: Tokenizer | None = None,
+    **sampling: Any,
 ) -> tuple[torch.Tensor, DecodingMetrics]:
     """Decodes one prompt. The output is distributed as if the target had decoded alone; greedy, it is equal.
 
     Args:
         target: the model whose output it is.
         draft: the model, or any `Drafter`, that guesses; None decodes plainly.
-        input_ids: LongTensor [1, n].
+        input_ids: LongTensor [1, length].
         max_new_tokens: generate at the most so many tokens.
         K: how many tokens to draft in a round.
-        temperature, top_p, top_k, stop_token_ids, ignore_eos, seed: see `SamplingParams`.
-        verifier: "rejection", "block", or any other `Verifier`.
+        n: how many answers to generate.
+        stop: strings at which an answer ends; its last token is the one that completes the string.
+        tokenizer: the target's, which `stop` needs.
+        **sampling: fields of `SamplingParams`, such as temperature=0.7, top_p=0.9, seed=1 or verifier="block".
 
     Returns:
-        LongTensor [1, n + generated], and what it took.
+        LongTensor [n, length + generated], where an answer that is shorter than others is filled up with the target's end
+        token (0 if it has none); and what it took.
 
     Raises:
         RequestError: a parameter is out of its range, or prompt and `max_new_tokens` exceed the target's context.
-        ModelError: the two models do not share a vocabulary.
+        ModelError: the two models' vocabularies have too little in common.
     """
     if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.dtype not in (torch.int64, torch.int32):
         raise RequestError(
             f"input_ids: expected a LongTensor of shape [1, n], got {input_ids.dtype} of shape {list(input_ids.shape)}",
             param="input_ids",
         )
-    params = SamplingParams(
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        max_tokens=max_new_tokens,
-        stop_token_ids=frozenset(stop_token_ids),
-        ignore_eos=ignore_eos,
-        seed=seed,
-    )
-    law = create_verifier(verifier) if isinstance(verifier, str) else verifier
-    sequence = Sequence(input_ids[0].tolist(), params, Route("draft", K))
+    if stop and tokenizer is None:
+        raise RequestError("stop: expected the target's tokenizer beside it, as tokenizer=", param="stop")
+    if unknown := sampling.keys() - SamplingParams.__dataclass_fields__.keys():
+        raise TypeError(f"speculative_decode() got an unexpected keyword argument {min(unknown)!r}")
+    params = SamplingParams(max_tokens=max_new_tokens, **sampling)
+    prompt = input_ids[0].tolist()
+    sequences = [Sequence(prompt, choice, Route("draft", K)) for choice in params.choices(n)]
+    number = {sequence.id: place for place, sequence in enumerate(sequences)}
+    stops = [StopCriterion(tokenizer, stop, params.min_tokens) for _ in sequences] if tokenizer and stop else []
     metrics = DecodingMetrics()
     started = time.perf_counter()
-    for rounds in generate([sequence], as_drafter(draft, target), target, law):
-        metrics.add(rounds[0][1], time.perf_counter() - started)
-    return torch.tensor([sequence.tokens], dtype=input_ids.dtype, device=input_ids.device), metrics
+    for rounds in generate(sequences, as_drafter(draft, target), target):
+        for sequence, round in rounds:
+            if stops:
+                round = end_at(sequence, round, stops[number[sequence.id]].feed(round.tokens))
+            metrics.add(round, time.perf_counter() - started, number[sequence.id])
+    longest = max(len(sequence.tokens) for sequence in sequences)
+    filler = min(target.eos_token_ids, default=0)
+    rows = [sequence.tokens + [filler] * (longest - len(sequence.tokens)) for sequence in sequences]
+    return torch.tensor(rows, dtype=input_ids.dtype, device=input_ids.device), metrics
 
 
-def as_drafter(draft: ModelBackend | Drafter | None, target: ModelBackend) -> Drafter:
-    """Makes a drafter for `target` of a draft model; a drafter stays as it is, None is `NoDrafter`."""
+def end_at(sequence: Sequence, round: Round, length: int | None) -> Round:
+    """Ends a sequence after the first `length` tokens of its last round, as where a stop string is complete; None changes nothing."""
+    if length is None:
+        return round
+    del sequence.tokens[len(sequence.tokens) - len(round.tokens) + length :]
+    sequence.finish_reason = "stop"
+    return replace(
+        round,
+        tokens=round.tokens[:length],
+        num_accepted=min(round.num_accepted, length),
+        finish_reason="stop",
+        logprobs=round.logprobs and round.logprobs[:length],
+    )
+
+
+def as_drafter(draft: ModelBackend | Drafter | None, target: ModelBackend, **options: Any) -> Drafter:
+    """Makes a drafter for `target` of a draft model, with `ModelDrafter`'s options; a drafter stays as it is, None is `NoDrafter`.
+
+    Raises:
+        ModelError: the two models' vocabularies have too little in common.
+    """
     if draft is None:
         return NoDrafter()
     if not isinstance(draft, ModelBackend):
         return draft
-    check_same_vocabulary(draft, target)
-    return ModelDrafter(draft, vocab_size=min(draft.vocab_size, target.vocab_size))
+    return ModelDrafter(draft, translate(draft, target), eos_token_ids=target.eos_token_ids, **options)
 
 
-def check_length(sequence: Sequence, target: ModelBackend) -> None:
-    """Raises a `RequestError` unless the sequence fits the target's context and vocabulary."""
+def check_sequence(sequence: Sequence, target: ModelBackend) -> None:
+    """Raises a `RequestError` unless the sequence fits the target's context and vocabulary, and can always go on."""
     length = len(sequence.tokens) + sequence.num_remaining
     if length > target.max_length:
         raise RequestError(
@@ -125,14 +167,15 @@ def check_length(sequence: Sequence, target: ModelBackend) -> None:
         )
     if not 0 <= min(sequence.tokens) <= max(sequence.tokens) < target.vocab_size:
         raise RequestError(f"prompt: expected token ids in [0, {target.vocab_size})", param="prompt")
+    check_constraints(sequence.params, target.vocab_size, target.eos_token_ids)
 
 
-def _scored(sequence: Sequence, draft: Draft) -> Row:
-    return Row(sequence.id, sequence.tokens + draft.tokens, _width(draft))
-
-
-def _width(draft: Draft) -> int:
-    return len(draft.tokens) + 1
+def _raw(logits: torch.Tensor, scored: list[Scored]) -> list[torch.Tensor | None]:
+    """Copies of the logits, [k + 1, vocab], of the sequences whose log-probabilities are asked for."""
+    parts = logits.split([part.num_scored for part in scored])
+    return [
+        rows.clone() if part.sequence.params.logprobs is not None else None for part, rows in zip(scored, parts, strict=True)
+    ]
 
 
 def _extend(
@@ -140,11 +183,13 @@ def _extend(
     draft: Draft,
     num_accepted: int,
     token: int,
+    raw: torch.Tensor | None,
     target: ModelBackend,
     draft_time_s: float,
     verify_time_s: float,
 ) -> Round:
     """Adds the round's tokens to the sequence, up to where it stops."""
+    is_first = sequence.num_generated == 0
     tokens, finish_reason = _until_stop([*draft.tokens[:num_accepted], token], sequence, target)
     sequence.tokens.extend(tokens)
     sequence.finish_reason = finish_reason
@@ -155,14 +200,15 @@ def _extend(
         finish_reason=finish_reason,
         draft_time_s=draft_time_s,
         verify_time_s=verify_time_s,
+        logprobs=None if raw is None else token_logprobs(raw[: len(tokens)], tokens, sequence.params.logprobs or 0),
+        prompt_logprobs=sequence.prompt_logprobs if is_first and sequence.params.prompt_logprobs is not None else None,
     )
 
 
 def _until_stop(tokens: list[int], sequence: Sequence, target: ModelBackend) -> tuple[list[int], FinishReason | None]:
-    params = sequence.params
-    stops = params.stop_token_ids if params.ignore_eos else params.stop_token_ids | target.eos_token_ids
+    ends = sequence.params.end_token_ids(target.eos_token_ids)
     tokens = tokens[: sequence.num_remaining]
     for count, token in enumerate(tokens, start=1):
-        if token in stops:
+        if token in ends:
             return tokens[:count], "stop"
     return tokens, "length" if len(tokens) == sequence.num_remaining else None

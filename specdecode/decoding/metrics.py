@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from specdecode.decoding.sequence import Round
+from specdecode.decoding.sequence import Round, TokenLogprob
 
 
 @dataclass
@@ -19,6 +19,8 @@ class DecodingMetrics:
         num_accepted_at: for each position of a draft, how often what was drafted there stands in the output.
         draft_time_s, verify_time_s: time spent drafting, and scoring and accepting.
         time_to_first_token_s, total_time_s: from the start to the first round's end, and to the last one's.
+        logprobs: of the tokens of each answer, if they were asked for.
+        prompt_logprobs: of the prompt's tokens but the first, if they were asked for.
     """
 
     num_target_passes: int = 0
@@ -32,9 +34,11 @@ class DecodingMetrics:
     verify_time_s: float = 0.0
     time_to_first_token_s: float = 0.0
     total_time_s: float = 0.0
+    logprobs: list[list[TokenLogprob]] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
 
-    def add(self, round: Round, elapsed_s: float) -> None:
-        """Counts one round, which ended `elapsed_s` after the start."""
+    def add(self, round: Round, elapsed_s: float, answer: int = 0) -> None:
+        """Counts one round of an answer, which ended `elapsed_s` after the start."""
         if self.num_target_passes == 0:
             self.time_to_first_token_s = elapsed_s
         self.num_target_passes += 1
@@ -47,6 +51,11 @@ class DecodingMetrics:
         self.draft_time_s += round.draft_time_s
         self.verify_time_s += round.verify_time_s
         self.total_time_s = elapsed_s
+        if round.prompt_logprobs is not None:
+            self.prompt_logprobs = round.prompt_logprobs
+        if round.logprobs is not None:
+            self.logprobs.extend([] for _ in range(answer + 1 - len(self.logprobs)))
+            self.logprobs[answer].extend(round.logprobs)
 
     @property
     def tokens_per_second(self) -> float:

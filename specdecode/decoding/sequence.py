@@ -1,28 +1,47 @@
 """The nouns of decoding: what is asked for, what is known so far, what was guessed, what a round gave."""
 
 import secrets
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Literal, get_args
 
+import numpy as np
 import torch
 
 from specdecode.errors import RequestError
 
 FinishReason = Literal["stop", "length"]
+VerifierName = Literal["rejection", "block", "coupled"]
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How the next token is chosen, and when to stop.
 
+    Applied in this order, as in vLLM: allowed and bad tokens and `min_tokens`, logit bias, penalties, temperature, min_p,
+    top_k, then top_p over what is left. A token that is exactly as likely as the least likely one that is kept is kept too.
+
     Attributes:
         temperature: 0 takes the most likely token.
         top_p: keep the most likely tokens that together have at least this probability.
         top_k: keep this many most likely tokens; 0 keeps all.
+        min_p: keep tokens that have at least this share of the most likely one's probability.
+        repetition_penalty: divides the positive logits of tokens in the prompt or the output, and multiplies the negative ones.
+        presence_penalty: is taken off the logits of tokens in the output.
+        frequency_penalty: is taken off the logits of tokens in the output, once for each time they are there.
+        logit_bias: is added to the logits of these tokens.
+        allowed_token_ids: nothing else is generated; None allows all.
+        bad_words_ids: token sequences that are never generated.
+        min_tokens: no end token, of the model or of `stop_token_ids`, is generated before so many others.
         max_tokens: generate at the most so many tokens.
         stop_token_ids: tokens that end the generation, beside the model's own.
         ignore_eos: go on after the model's own end tokens.
         seed: makes sampling repeatable; drawn at random if None.
+        logprobs: report the log-probability of each generated token, and those of so many most likely ones; None for neither.
+            They are the model's own, before any of the above.
+        prompt_logprobs: the same for the prompt's tokens.
+        verifier: how drafted tokens are accepted, see `verification`; all of them leave the target's distribution as it is.
 
     Raises:
         RequestError: a value is outside its range.
@@ -31,17 +50,76 @@ class SamplingParams:
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    allowed_token_ids: frozenset[int] | None = None
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    min_tokens: int = 0
     max_tokens: int = 128
     stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
     seed: int | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    verifier: VerifierName = "rejection"
 
     def __post_init__(self) -> None:
+        freeze = partial(object.__setattr__, self)  # any collection will do to begin with
+        freeze("logit_bias", dict(self.logit_bias))
+        freeze("stop_token_ids", frozenset(self.stop_token_ids))
+        freeze("bad_words_ids", tuple(tuple(word) for word in self.bad_words_ids))
+        if self.allowed_token_ids is not None:
+            freeze("allowed_token_ids", frozenset(self.allowed_token_ids))
         _require(0 <= self.temperature < float("inf"), "temperature", self.temperature, "a number of at least 0")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "a number in (0, 1]")
         _require(self.top_k >= 0, "top_k", self.top_k, "0, for all tokens, or a positive number")
+        _require(0 <= self.min_p <= 1, "min_p", self.min_p, "a number in [0, 1]")
+        repetition = self.repetition_penalty
+        _require(0 < repetition < float("inf"), "repetition_penalty", repetition, "a number above 0")
+        _require(-2 <= self.presence_penalty <= 2, "presence_penalty", self.presence_penalty, "a number in [-2, 2]")
+        _require(-2 <= self.frequency_penalty <= 2, "frequency_penalty", self.frequency_penalty, "a number in [-2, 2]")
+        _require(
+            all(-100 <= bias <= 100 for bias in self.logit_bias.values()),
+            "logit_bias",
+            self.logit_bias,
+            "numbers in [-100, 100]",
+        )
+        _require(self.allowed_token_ids != frozenset(), "allowed_token_ids", [], "at least one token, or None for all")
+        _require(all(self.bad_words_ids), "bad_words_ids", self.bad_words_ids, "sequences of at least one token")
         _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
+        _require(0 <= self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens, "at least 0, at most max_tokens")
         _require(self.seed is None or 0 <= self.seed < 2**64, "seed", self.seed, "a number in [0, 2**64)")
+        _require(self.logprobs is None or self.logprobs >= 0, "logprobs", self.logprobs, "at least 0, or None")
+        _require(
+            self.prompt_logprobs is None or self.prompt_logprobs >= 0,
+            "prompt_logprobs",
+            self.prompt_logprobs,
+            "at least 0, or None",
+        )
+        names = get_args(VerifierName)
+        _require(self.verifier in names, "verifier", self.verifier, f"one of {', '.join(names)}")
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether a distribution is drawn from; if not it is one-hot: greedy, or with the token that shared noise picks."""
+        return self.temperature > 0 and self.verifier != "coupled"
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether the tokens so far change the logits."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    def end_token_ids(self, eos_token_ids: frozenset[int]) -> frozenset[int]:
+        """The tokens that end a generation, given the model's own."""
+        return self.stop_token_ids if self.ignore_eos else self.stop_token_ids | eos_token_ids
+
+    def choices(self, n: int) -> list["SamplingParams"]:
+        """The parameters of each of `n` answers to one prompt, which differ in their seeds."""
+        _require(n >= 1, "n", n, "at least 1")
+        return [self if self.seed is None else replace(self, seed=(self.seed + number) % 2**64) for number in range(n)]
 
 
 @dataclass(frozen=True)
@@ -76,9 +154,32 @@ class Draft:
         """The guess of nothing, with which a round is one step of plain decoding."""
         return Draft([], torch.empty(0, 1, dtype=torch.long), torch.empty(0, 1))
 
+    @staticmethod
+    def certain(tokens: list[int]) -> "Draft":
+        """A guess that is not drawn at random: q is 1 at each of its tokens."""
+        support = torch.tensor(tokens, dtype=torch.long)[:, None]
+        return Draft(tokens, support, torch.ones(support.shape))
+
     def truncate(self, k: int) -> "Draft":
         """The first `k` tokens of the guess."""
         return self if k >= len(self.tokens) else Draft(self.tokens[:k], self.support[:k], self.q[:k])
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """How likely a token was, to the model itself.
+
+    Attributes:
+        token: its id.
+        logprob: the natural logarithm of its probability.
+        rank: how many tokens were at least as likely, itself included.
+        top: the most likely tokens with their log-probabilities, as many as were asked for.
+    """
+
+    token: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
@@ -91,6 +192,8 @@ class Round:
         num_accepted: how many of `tokens`, from the first, were drafted.
         finish_reason: set in a sequence's last round.
         draft_time_s, verify_time_s: what the round's drafting, and its scoring and accepting, took for the whole batch.
+        logprobs: of `tokens`, if they were asked for.
+        prompt_logprobs: of the prompt's tokens but the first, in a sequence's first round, if they were asked for.
     """
 
     tokens: list[int]
@@ -99,6 +202,41 @@ class Round:
     finish_reason: FinishReason | None
     draft_time_s: float
     verify_time_s: float
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None
+
+
+class TokenCounts:
+    """Which tokens a sequence holds, and how often each was generated; follows the sequence as it grows.
+
+    Attributes:
+        ids: [m] different tokens.
+        is_in_prompt: [m] whether the prompt holds each.
+        num_generated: [m] how often each stands in the output.
+    """
+
+    def __init__(self, tokens: list[int], num_prompt_tokens: int) -> None:
+        self.ids = np.unique(np.array(tokens[:num_prompt_tokens], dtype=np.int64))
+        self.is_in_prompt = np.ones(len(self.ids), dtype=bool)
+        self.num_generated = np.zeros(len(self.ids), dtype=np.int64)
+        self._places = {token: place for place, token in enumerate(self.ids.tolist())}
+        self._length = num_prompt_tokens
+
+    def follow(self, tokens: list[int]) -> None:
+        """Counts the tokens that were added since the last time."""
+        added = tokens[self._length :]
+        self._length = len(tokens)
+        if new := [token for token in dict.fromkeys(added) if token not in self._places]:
+            self._places.update(zip(new, range(len(self.ids), len(self.ids) + len(new)), strict=True))
+            self.ids = np.append(self.ids, new)
+            self.is_in_prompt = np.append(self.is_in_prompt, np.zeros(len(new), dtype=bool))
+            self.num_generated = np.append(self.num_generated, np.zeros(len(new), dtype=np.int64))
+        for token in added:
+            self.num_generated[self._places[token]] += 1
+
+    def place(self, token: int) -> int | None:
+        """Where in the arrays a token stands."""
+        return self._places.get(token)
 
 
 @dataclass(eq=False)
@@ -108,10 +246,12 @@ class Sequence:
     Attributes:
         id: names the sequence towards whatever remembers computations for it.
         tokens: the prompt and what was generated.
-        num_prompt_tokens: how many of `tokens` are the prompt.
         params: the sampling parameters.
-        route: the drafter, and how many tokens to draft.
+        route: the drafter, and how many tokens to draft at the most.
+        num_prompt_tokens: all of the first `tokens` unless it is given, as where a generation is taken up again.
+        k: how many tokens to draft in the next round; `route.k` unless someone chooses.
         seed: the seed that random numbers depend on; `params.seed` if that is given.
+        prompt_logprobs: of the prompt's tokens but the first, as far as they are computed.
     """
 
     tokens: list[int]
@@ -119,25 +259,42 @@ class Sequence:
     route: Route = field(default_factory=Route)
     id: str = field(default_factory=lambda: secrets.token_hex(8))
     finish_reason: FinishReason | None = None
-    num_prompt_tokens: int = field(init=False)
+    num_prompt_tokens: int = 0
+    k: int = field(init=False)
     seed: int = field(init=False)
+    prompt_logprobs: list[TokenLogprob] = field(init=False, default_factory=list)
+    _counts: TokenCounts | None = field(init=False, default=None, repr=False)
 
     def __post_init__(self) -> None:
         if not self.tokens:
             raise RequestError("the prompt is empty: expected at least one token", param="prompt")
         self.tokens = list(self.tokens)  # they grow, and the caller's list must not
-        self.num_prompt_tokens = len(self.tokens)
+        self.num_prompt_tokens = self.num_prompt_tokens or len(self.tokens)
+        self.k = self.route.k
         self.seed = secrets.randbits(64) if self.params.seed is None else self.params.seed
+
+    @property
+    def num_generated(self) -> int:
+        """How many tokens were generated."""
+        return len(self.tokens) - self.num_prompt_tokens
 
     @property
     def num_remaining(self) -> int:
         """How many tokens may still be generated."""
-        return self.params.max_tokens - (len(self.tokens) - self.num_prompt_tokens)
+        return self.params.max_tokens - self.num_generated
 
     @property
     def num_wanted(self) -> int:
         """How many tokens are worth drafting: a round adds one more than it accepts."""
-        return min(self.route.k, self.num_remaining - 1)
+        return min(self.k, self.num_remaining - 1)
+
+    @property
+    def counts(self) -> TokenCounts:
+        """How often each token is there."""
+        if self._counts is None:
+            self._counts = TokenCounts(self.tokens, self.num_prompt_tokens)
+        self._counts.follow(self.tokens)
+        return self._counts
 
 
 def _require(is_valid: bool, name: str, value: object, expected: str) -> None:

@@ -7,16 +7,14 @@ with the target.
 Throughout, p is the target and q is the draft.
 """
 
+from collections.abc import Sequence as Several
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 
 from specdecode.decoding.sampling import Purpose, sample, uniforms
-from specdecode.decoding.sequence import Draft, Sequence
-from specdecode.errors import RequestError
-
-VerifierName = Literal["rejection", "block"]
+from specdecode.decoding.sequence import Draft, Sequence, VerifierName
 
 
 @dataclass(frozen=True)
@@ -27,44 +25,45 @@ class Block:
         k: [batch] drafted tokens.
         tokens: [batch, K], K the largest k.
         support, q: [batch, K, m], the sparse distributions that the tokens were drawn from; 0 in the padding.
-        p: [sum(k + 1), vocab], the target's distributions at each drafted token and after the last one.
-        first: [batch], where in `p` a sequence's distributions begin.
+        log_p: [n, vocab], the target's log-probabilities; those of a sequence, at each drafted token and after the last one,
+            stand one after the other.
+        first: [batch], where in `log_p` each sequence's begin.
     """
 
     k: torch.Tensor
     tokens: torch.Tensor
     support: torch.Tensor
     q: torch.Tensor
-    p: torch.Tensor
+    log_p: torch.Tensor
     first: torch.Tensor
 
     @staticmethod
-    def of(drafts: list[Draft], p: torch.Tensor) -> "Block":
-        """Pads the drafts; `p` is [sum(k + 1), vocab]."""
+    def of(drafts: Several[Draft], log_p: torch.Tensor, first: Several[int] | None = None) -> "Block":
+        """Pads the drafts; without `first`, their distributions are all of `log_p`, [sum(k + 1), vocab], in order."""
         ks = [len(draft.tokens) for draft in drafts]
         longest, widest = max(ks), max(draft.q.shape[1] for draft in drafts)
         tokens = torch.zeros(len(drafts), longest, dtype=torch.long)
         support = torch.zeros(len(drafts), longest, widest, dtype=torch.long)
-        q = torch.zeros(len(drafts), longest, widest, dtype=p.dtype)
+        q = torch.zeros(len(drafts), longest, widest, dtype=log_p.dtype)
         for row, draft in enumerate(drafts):
             length, width = draft.q.shape
-            tokens[row, :length] = torch.tensor(draft.tokens, dtype=torch.long)
-            support[row, :length, :width] = draft.support
-            q[row, :length, :width] = draft.q
+            if length:
+                tokens[row, :length] = torch.tensor(draft.tokens, dtype=torch.long)
+                support[row, :length, :width] = draft.support
+                q[row, :length, :width] = draft.q
         k = torch.tensor(ks)
-        first = (k + 1).cumsum(0) - (k + 1)
-        device = p.device
-        return Block(k.to(device), tokens.to(device), support.to(device), q.to(device), p, first.to(device))
+        starts = (k + 1).cumsum(0) - (k + 1) if first is None else torch.tensor(first)
+        device = log_p.device
+        return Block(k.to(device), tokens.to(device), support.to(device), q.to(device), log_p, starts.to(device))
 
     def p_drafted(self) -> torch.Tensor:
         """The target's probability of each drafted token, [batch, K]; anything in the padding."""
-        return self.p[self._rows(0), self.tokens]
+        return self.log_p[self._rows(0), self.tokens].exp()
 
     def p_supported(self) -> torch.Tensor:
         """The target's probability of each token that might have been drafted after the first 1, 2, ... K, [batch, K, m]."""
-        rows = self._rows(1)
         support = torch.cat([self.support[:, 1:], torch.zeros_like(self.support[:, :1])], 1)
-        return self.p[rows].gather(-1, support)
+        return self.log_p[self._rows(1)[..., None], support].exp()
 
     def q_supported(self) -> torch.Tensor:
         """The draft's probability of each token that might have been drafted after the first 1, 2, ... K, [batch, K, m]."""
@@ -83,24 +82,42 @@ class Block:
             weights.append((weights[-1] * ratio[:, position]).clamp(max=1.0))
         return torch.stack(weights, -1)
 
-    def p_after(self, lengths: torch.Tensor) -> torch.Tensor:
+    def residual(self, lengths: torch.Tensor, w: torch.Tensor | None = None) -> torch.Tensor:
+        """The part of w * p that q does not cover after the first `lengths` drafted tokens: max(0, w * p - q), [batch, vocab].
+
+        Where it is nothing, it is p: there nothing is ever rejected, but for rounding, and any draw from p is right. Past the
+        draft's end q is nothing.
+
+        Args:
+            lengths: [batch].
+            w: [batch, 1], all 1 if None.
+        """
+        residual = self._p_after(lengths)
+        if self.q.shape[1]:
+            if w is not None:
+                residual *= w
+            support, q = self._q_after(lengths)
+            residual.scatter_add_(1, support, -q).clamp_(min=0.0)
+            is_left = residual.sum(-1, keepdim=True) > 0
+            if not bool(is_left.all()):
+                residual = torch.where(is_left, residual, self._p_after(lengths))
+        return residual
+
+    def _p_after(self, lengths: torch.Tensor) -> torch.Tensor:
         """The target's distribution after the first `lengths` drafted tokens, [batch, vocab]."""
-        return self.p[self.first + lengths]
+        return self.log_p[self.first + lengths].exp_()
+
+    def _q_after(self, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The draft's support and q after the first `lengths` drafted tokens, [batch, m]; q is 0 past the draft's end."""
+        batch, longest, widest = self.q.shape
+        place = lengths.clamp(max=longest - 1)[:, None, None].expand(batch, 1, widest)
+        q = self.q.gather(1, place).squeeze(1) * (lengths < self.k)[:, None]
+        return self.support.gather(1, place).squeeze(1), q
 
     def _rows(self, offset: int) -> torch.Tensor:
-        """Where in `p` the distributions at each drafted token stand, or `offset` tokens later, [batch, K]."""
-        place = torch.arange(offset, offset + self.tokens.shape[1], device=self.p.device)
-        return (self.first[:, None] + place).clamp(max=len(self.p) - 1)
-
-    def q_after(self, lengths: torch.Tensor) -> torch.Tensor:
-        """The draft's distribution after the first `lengths` drafted tokens, [batch, vocab]; 0 past the draft's end."""
-        batch, longest, widest = self.q.shape
-        dense = self.p.new_zeros(batch, self.p.shape[1])
-        if longest == 0:
-            return dense
-        place = lengths.clamp(max=longest - 1)[:, None, None].expand(-1, 1, widest)
-        q = self.q.gather(1, place).squeeze(1) * (lengths < self.k)[:, None]
-        return dense.scatter_add_(1, self.support.gather(1, place).squeeze(1), q)
+        """Where in `log_p` the distributions at each drafted token stand, or `offset` tokens later, [batch, K]."""
+        place = torch.arange(offset, offset + self.tokens.shape[1], device=self.log_p.device)
+        return (self.first[:, None] + place).clamp(max=len(self.log_p) - 1)
 
 
 class Verifier(Protocol):
@@ -130,10 +147,7 @@ class RejectionVerifier:
 
     def emission(self, block: Block, lengths: torch.Tensor) -> torch.Tensor:
         """See `Verifier.emission`."""
-        p = block.p_after(lengths)
-        residual = (p - block.q_after(lengths)).clamp(min=0.0)
-        # Where p equals q nothing is ever rejected, but for rounding; then any draw from p is right.
-        return torch.where(residual.sum(-1, keepdim=True) > 0, residual, p)
+        return block.residual(lengths)
 
 
 class BlockVerifier:
@@ -157,34 +171,50 @@ class BlockVerifier:
 
     def emission(self, block: Block, lengths: torch.Tensor) -> torch.Tensor:
         """See `Verifier.emission`."""
-        p = block.p_after(lengths)
-        w = block.weights().gather(1, lengths[:, None])
-        residual = (w * p - block.q_after(lengths)).clamp(min=0.0)
-        return torch.where(residual.sum(-1, keepdim=True) > 0, residual, p)
+        return block.residual(lengths, block.weights().gather(1, lengths[:, None]))
 
 
-def create_verifier(name: str) -> Verifier:
-    """Makes the verifier of that name, one of `VerifierName`.
+def verifier(name: VerifierName) -> Verifier:
+    """Returns the law of that name.
 
-    Raises:
-        RequestError: there is none.
+    Under `coupled` (Daliri et al. 2024, arXiv 2408.07978) target and draft draw each token from the same noise, a function of
+    seed, absolute position and token, before they meet here: both are one-hot, and rejection accepts while they are equal.
     """
-    verifiers: dict[str, Verifier] = {"rejection": RejectionVerifier(), "block": BlockVerifier()}
-    if name not in verifiers:
-        raise RequestError(f"verifier: expected one of {', '.join(verifiers)}, got {name!r}", param="verifier")
-    return verifiers[name]
+    return BlockVerifier() if name == "block" else RejectionVerifier()
 
 
-def accept(verifier: Verifier, block: Block, sequences: list[Sequence]) -> tuple[list[int], list[int]]:
-    """Draws from the verifier's law.
+def accept(sequences: list[Sequence], drafts: list[Draft], log_p: torch.Tensor) -> tuple[list[int], list[int]]:
+    """Draws from the law of each sequence's verifier.
+
+    Args:
+        sequences: of which the batch is made.
+        drafts: one for each.
+        log_p: [sum(k + 1), vocab], the target's log-probabilities at each drafted token and after the last one.
 
     Returns:
         for each sequence the number of accepted tokens, and the token that follows them.
     """
+    first = [0]
+    for draft in drafts:
+        first.append(first[-1] + len(draft.tokens) + 1)
+    groups: dict[VerifierName, list[int]] = {}
+    for index, sequence in enumerate(sequences):
+        groups.setdefault(sequence.params.verifier, []).append(index)
+    lengths, tokens = [0] * len(sequences), [0] * len(sequences)
+    for name, members in groups.items():
+        block = Block.of([drafts[index] for index in members], log_p, [first[index] for index in members])
+        drawn = draw(verifier(name), block, [sequences[index] for index in members])
+        for index, length, token in zip(members, *drawn, strict=True):
+            lengths[index], tokens[index] = length, token
+    return lengths, tokens
+
+
+def draw(law: Verifier, block: Block, sequences: list[Sequence]) -> tuple[list[int], list[int]]:
+    """Draws from one law for a batch; see `accept`."""
     seeds = [sequence.seed for sequence in sequences]
     positions = [len(sequence.tokens) for sequence in sequences]
-    u_length = uniforms(seeds, positions, Purpose.LENGTH, 1).to(block.p.device)
-    u_token = uniforms(seeds, positions, Purpose.TOKEN, 1).to(block.p.device)
-    lengths = (u_length < verifier.reach(block)).sum(-1)
-    tokens = sample(verifier.emission(block, lengths), u_token.squeeze(-1))
+    u_length = uniforms(seeds, positions, Purpose.LENGTH, 1).to(block.log_p.device)
+    u_token = uniforms(seeds, positions, Purpose.TOKEN, 1).to(block.log_p.device)
+    lengths = (u_length < law.reach(block)).sum(-1)
+    tokens = sample(law.emission(block, lengths), u_token.squeeze(-1))
     return lengths.tolist(), tokens.tolist()

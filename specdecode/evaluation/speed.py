@@ -16,8 +16,7 @@ from specdecode.config import StrictModel
 from specdecode.decoding.drafters import Drafter
 from specdecode.decoding.loop import as_drafter, generate
 from specdecode.decoding.metrics import DecodingMetrics
-from specdecode.decoding.sequence import Route, SamplingParams, Sequence
-from specdecode.decoding.verification import VerifierName, create_verifier
+from specdecode.decoding.sequence import Route, SamplingParams, Sequence, VerifierName
 from specdecode.evaluation.prompts import DOMAINS, load_prompts
 from specdecode.text import Tokenizer
 
@@ -75,10 +74,12 @@ def measure_speed(config: SpeedConfig) -> Iterator[SpeedRecord]:
 def _decode(
     config: SpeedConfig, tokens: list[int], name: str, drafter: Drafter, target: ModelBackend
 ) -> tuple[Sequence, DecodingMetrics]:
-    params = SamplingParams(temperature=config.temperature, max_tokens=config.max_tokens, seed=0)
+    params = SamplingParams(
+        temperature=config.temperature, max_tokens=config.max_tokens, seed=0, verifier=config.verifier
+    )
     sequence = Sequence(list(tokens), params, Route(name, config.K))
     metrics, started = DecodingMetrics(), time.perf_counter()
-    for rounds in generate([sequence], drafter, target, create_verifier(config.verifier)):
+    for rounds in generate([sequence], drafter, target):
         metrics.add(rounds[0][1], time.perf_counter() - started)
     return sequence, metrics
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
     BloomConfig,
     Cohere2Config,
     DeepseekV3Config,
@@ -20,6 +22,7 @@ from transformers import (
     GPTNeoXConfig,
     GptOssConfig,
     GraniteConfig,
+    JambaConfig,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
@@ -31,6 +34,9 @@ from transformers import (
     PhiConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
+    Qwen3NextConfig,
+    RwkvConfig,
     SmolLM3Config,
     StableLmConfig,
     Starcoder2Config,
@@ -38,6 +44,7 @@ from transformers import (
 
 from specdecode.backends.backend import ModelBackend, ModelConfig, Row, create_backend, open_model
 from specdecode.backends.huggingface import HuggingFaceBackend
+from specdecode.decoding.loop import speculative_decode
 from specdecode.errors import ModelError
 from tests.backends.recomputing import assert_equals_recomputed, random_tokens
 
@@ -56,6 +63,7 @@ FAMILIES = {
     "qwen2": Qwen2Config(**GROUPED),
     "qwen2-sliding": Qwen2Config(**GROUPED, use_sliding_window=True, max_window_layers=1, sliding_window=6),
     "qwen3": Qwen3Config(**GROUPED, head_dim=8),
+    "qwen3-moe": Qwen3MoeConfig(**GROUPED, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
     "mistral-sliding": MistralConfig(**GROUPED, **SLIDING),
     "mixtral": MixtralConfig(**GROUPED, **MOE),
     "gemma2": Gemma2Config(**GROUPED, **MIXED_LAYERS, head_dim=8, query_pre_attn_scalar=8),
@@ -92,14 +100,11 @@ FAMILIES = {
         num_key_value_heads=4,
     ),
 }
-EAGER = {"gemma2", "gpt-j", "gpt-oss"}  # no sdpa in transformers
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cached_equals_recomputed(family, save_model):
-    backend = HuggingFaceBackend(
-        save_model(FAMILIES[family], 0), attention="eager" if family in EAGER else "sdpa", max_rows=3, prefill_chunk=5
-    )
+    backend = HuggingFaceBackend(save_model(FAMILIES[family], 0), max_rows=3, prefill_chunk=5)
     rng, texts = random.Random(0), {name: [] for name in "abcd"}
     for _ in range(10):
         names = rng.sample("abcd", rng.randint(1, 3))
@@ -148,7 +153,7 @@ def test_the_same_config_opens_the_same_model(target_folder):
         ({"dtype": "int8"}, "dtype 'int8': expected"),
         ({"device": "gpu"}, "device 'gpu': expected auto, cpu, cuda or cuda:N"),
         ({"device": "mps"}, "device 'mps': expected"),
-        ({"attention": "flash"}, "flash"),
+        ({"attn_implementation": "flash_attention_2"}, "flash attention takes no 4-D masks"),
         ({"max_length": 0}, "max_length: expected at least 1, got 0"),
         ({"max_length": 513}, "max_length 513: .* at most 512"),
     ],
@@ -187,23 +192,64 @@ def test_a_model_that_does_not_load_is_refused_in_one_line(name, target_folder, 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, state_size=8), "layers of linear_attention: expected"),
+        (MambaConfig(num_hidden_layers=2), "layers of linear_attention: expected full or sliding attention"),
+        (
+            Qwen3NextConfig(**GROUPED, layer_types=["linear_attention", "full_attention"]),
+            "layers of linear_attention: expected",
+        ),
+        (JambaConfig(**GROUPED, attn_layer_period=2, attn_layer_offset=1), "layers of linear_attention: expected"),
+        (RwkvConfig(num_hidden_layers=2), "layers of linear_attention: expected"),
         (GPTNeoConfig(vocab_size=61, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["local"], 2]]), "local"),
         (FalconConfig(**COMMON, alibi=True), "alibi_attention"),
         (BloomConfig(vocab_size=61, hidden_size=32, n_layer=2, n_head=4), "alibi_attention"),
     ],
     ids=lambda value: getattr(value, "model_type", ""),
 )
-def test_a_model_that_cannot_be_rolled_back_is_refused(config, message, save_model):
+def test_a_model_that_cannot_be_rolled_back_is_refused_before_its_weights_are_read(config, message, tmp_path):
+    config.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=message) as caught:
-        create_backend(save_model(config, 0), max_length=64)
+        create_backend(tmp_path, max_length=64)
     assert "\n" not in str(caught.value)
 
 
 def test_a_model_without_a_stated_context_needs_one(save_model):
     folder = save_model(MptConfig(vocab_size=61, d_model=32, n_layers=2, n_heads=4, initializer_range=0.3), 0)
     with pytest.raises(ModelError, match="states no context length: give max_length"):
-        create_backend(folder, attention="eager")
-    backend = create_backend(folder, attention="eager", max_length=77)
+        create_backend(folder, attn_implementation="eager")
+    backend = create_backend(folder, attn_implementation="eager", max_length=77)
     assert backend.max_length == 77
     assert_equals_recomputed(backend, [Row("a", [3, 1, 4], 2), Row("b", [1, 5, 9, 2, 6, 5], 1)])
+
+
+@pytest.fixture(scope="module")
+def padded_folders(tokenizer_folder, llama_config, tmp_path_factory) -> list[str]:
+    """One model and one tokenizer, with logits for 10 and for 30 ids more than there are tokens."""
+    num_tokens = len(AutoTokenizer.from_pretrained(tokenizer_folder))
+    folders = []
+    for padding in (10, 30):
+        with torch.random.fork_rng():
+            torch.manual_seed(7)
+            model = AutoModelForCausalLM.from_config(LlamaConfig(**llama_config.to_dict() | {"vocab_size": num_tokens}))
+        model.resize_token_embeddings(num_tokens + padding, mean_resizing=False)
+        with torch.no_grad():  # trained models hardly ever choose the ids that are no tokens
+            model.lm_head.weight *= 4
+            model.lm_head.weight[num_tokens:] = 0
+        folder = tmp_path_factory.mktemp(f"padded-{padding}")
+        shutil.copytree(tokenizer_folder, folder, dirs_exist_ok=True)
+        model.save_pretrained(folder)
+        folders.append(str(folder))
+    return folders
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("is_wider", [False, True], ids=["narrow-target", "wide-target"])
+def test_models_padded_otherwise_are_target_and_draft_of_each_other(is_wider, temperature, padded_folders):
+    narrow, wide = (create_backend(folder) for folder in padded_folders)
+    assert wide.vocab_size - narrow.vocab_size == 20
+    target, draft = (wide, narrow) if is_wider else (narrow, wide)
+    prompt = torch.tensor([[5, 3, 8, 250]])
+    output, metrics = speculative_decode(target, draft, prompt, max_new_tokens=40, K=4, temperature=temperature, seed=0)
+    assert output.shape == (1, 44)
+    assert metrics.num_accepted > 10
+    if temperature == 0:
+        assert torch.equal(output, speculative_decode(target, None, prompt, max_new_tokens=40)[0])

@@ -6,10 +6,11 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from specdecode.backends.backend import Row
 from specdecode.backends.huggingface import HuggingFaceBackend
-from specdecode.backends.kv_cache import RowCache, common_prefix_length
+from specdecode.backends.kv_cache import RowCache, RowMemo, common_prefix_length
 from tests.backends.recomputing import assert_equals_recomputed, random_tokens
 
 RNG = random.Random
@@ -190,3 +191,68 @@ def test_a_batch_larger_than_the_cache_takes_several_passes(target_folder):
     large, small = HuggingFaceBackend(target_folder), HuggingFaceBackend(target_folder, max_rows=3)
     for _ in range(2):
         assert torch.allclose(small.logits(rows), large.logits(rows), atol=2e-5)
+
+
+def test_a_shared_prefix_is_computed_once(save_model, llama_config):
+    backend = HuggingFaceBackend(save_model(LlamaConfig(**llama_config.to_dict() | {"max_position_embeddings": 2048}), 0))
+    prefix = random_tokens(RNG(12), 1000)
+    backend.logits([Row("first", [*prefix, 1, 2, 3], 1)])
+    assert backend.num_computed_tokens == 1003
+    backend.logits([Row("second", [*prefix, 4, 5, 6, 7, 8], 1)])
+    assert backend.num_computed_tokens == 1003 + 5
+
+
+def test_padding_is_not_counted_as_computed(backend):
+    backend.logits([Row("a", [1, 2, 3, 4, 5, 6, 7], 1), Row("b", [8, 9], 2)])
+    assert backend.num_computed_tokens == 7 + 2
+    backend.logits([Row("a", [1, 2, 3, 4, 5, 6, 7], 1), Row("b", [8, 9, 10, 11], 1)])
+    assert backend.num_computed_tokens == 7 + 2 + 1 + 2
+
+
+def _name_twice(cache: RowCache) -> None:
+    cache.rows[1].id = cache.rows[0].id
+
+
+def _remember_too_many_rows(cache: RowCache) -> None:
+    cache.rows += [RowMemo(str(number)) for number in range(9)]
+
+
+def _remember_too_many_tokens(cache: RowCache) -> None:
+    cache.rows[0].tokens = [0] * 1000
+
+
+def _remember_rows_without_room(cache: RowCache) -> None:
+    for layer in cache.layers:
+        layer.resize(1, layer.length)
+
+
+def _lengthen_one_layer(cache: RowCache) -> None:
+    cache.layers[1].resize(cache.layers[1].num_rows, 300)
+
+
+def _shorten_the_room_of_one_layer(cache: RowCache) -> None:
+    cache.layers[1].resize(3, cache.layers[1].length)
+
+
+def _lose_some_values(cache: RowCache) -> None:
+    cache.layers[0].values = cache.layers[0].values[:, :-1]
+
+
+@pytest.mark.parametrize(
+    ("corrupt", "message"),
+    [
+        (_name_twice, "two rows are of one sequence: .*a.*a"),
+        (_remember_too_many_rows, "11 rows are remembered, more than max_rows 4"),
+        (_remember_too_many_tokens, "a row remembers 1000 tokens in a cache of length 256"),
+        (_remember_rows_without_room, "layer 0 has 1 rows for 2 memos"),
+        (_lengthen_one_layer, "layer 1 has length 300, the cache 256"),
+        (_shorten_the_room_of_one_layer, "unequal numbers of rows"),
+        (_lose_some_values, "room for .4, 256., the layer for .4, 257."),
+    ],
+)
+def test_the_check_finds_what_is_wrong(corrupt, message, backend):
+    backend.logits([Row("a", [1, 2, 3], 1), Row("b", [4, 5], 1)])
+    backend.cache.check()
+    corrupt(backend.cache)
+    with pytest.raises(AssertionError, match=message):
+        backend.cache.check()

@@ -16,6 +16,7 @@ from specdecode.decoding.loop import generate, speculative_decode
 from specdecode.decoding.metrics import DecodingMetrics
 from specdecode.decoding.sequence import Draft, Route, SamplingParams, Sequence
 from specdecode.errors import ModelError, RequestError
+from specdecode.vocabulary import SameVocabulary
 from tests.decoding.recording import RecordingBackend, counting_model
 
 PROMPT = torch.tensor([[5, 40, 3, 17, 28]])
@@ -53,14 +54,18 @@ def varied_sequences():
         SamplingParams(temperature=0.7),
         SamplingParams(temperature=1.0, top_k=5),
         SamplingParams(temperature=1.3, top_p=0.9),
+        SamplingParams(temperature=1.0, min_p=0.1, verifier="block"),
+        SamplingParams(temperature=1.0, repetition_penalty=1.3, frequency_penalty=0.5, verifier="coupled"),
+        SamplingParams(presence_penalty=1.0, logit_bias={4: 3.0}, bad_words_ids=((7,), (3, 4))),
+        SamplingParams(temperature=0.8, allowed_token_ids=frozenset(range(40)), stop_token_ids=frozenset({5, 9})),
     ]
     return [
         Sequence(
             [rng.randrange(61) for _ in range(rng.randint(1, 30))],
-            replace(sampling[index % 4], seed=rng.randrange(2**64), max_tokens=rng.randint(1, 40)),
+            replace(sampling[index % 8], seed=rng.randrange(2**64), max_tokens=rng.randint(1, 40)),
             Route("draft", rng.randint(0, 6)),
         )
-        for index in range(16)
+        for index in range(24)
     ]
 
 
@@ -102,7 +107,7 @@ def test_a_draft_with_more_tokens_than_the_target_drafts_none_of_them():
     target, draft = TableModel(random_table(4, 0)), TableModel(random_table(6, 1, sharpness=0.1))
     recorded = RecordingBackend(target)
     sequence = Sequence([0], SamplingParams(temperature=1.0, seed=0, max_tokens=60), Route("draft", 4))
-    decode_all([sequence], ModelDrafter(draft, vocab_size=4), recorded)
+    decode_all([sequence], ModelDrafter(draft, SameVocabulary(6, 4)), recorded)
     assert {token for rows in recorded.calls for token in rows[0].tokens} == {0, 1, 2, 3}
 
 
@@ -140,7 +145,7 @@ def test_a_stop_token_in_a_draft_cuts_the_round():
     model = counting_model()
     sequence = Sequence([0], SamplingParams(stop_token_ids=frozenset({3})), Route("draft", 8))
     (round,) = decode_all([sequence], ModelDrafter(model), model)[sequence.id]
-    assert (round.tokens, round.num_drafted, round.num_accepted) == ([1, 2, 3], 8, 3)
+    assert (round.tokens, round.num_drafted, round.num_accepted) == ([1, 2, 3], 3, 3)  # nothing is drafted past an end
     assert sequence.tokens == [0, 1, 2, 3]
     assert sequence.finish_reason == round.finish_reason == "stop"
 
@@ -186,13 +191,21 @@ def test_no_round_drafts_more_than_it_can_use(max_tokens, target, draft):
     assert sequence.finish_reason == "length"
 
 
-def test_a_drafter_that_drafts_too_much_makes_no_text_too_long():
-    class Overeager:
-        def propose(self, sequences):
-            (sequence,) = sequences
-            tokens = [(sequence.tokens[-1] + offset) % 10 for offset in range(1, 7)]
-            return [Draft(tokens, torch.tensor(tokens)[:, None], torch.ones(6, 1))]
+class Overeager:
+    """Drafts six tokens for a counting model, whatever is wanted."""
 
+    def propose(self, sequences):
+        return [Draft.certain([(s.tokens[-1] + offset) % 10 for offset in range(1, 7)]) for s in sequences]
+
+
+@pytest.mark.parametrize("stop", [3, 6, 7])
+def test_what_is_accepted_after_an_end_is_dropped(stop):
+    output, metrics = speculative_decode(counting_model(), Overeager(), torch.tensor([[0]]), stop_token_ids=[stop])
+    assert output[0].tolist() == list(range(stop + 1))
+    assert (metrics.num_drafted, metrics.num_accepted) == (6, min(stop, 6))
+
+
+def test_a_drafter_that_drafts_too_much_makes_no_text_too_long():
     output, metrics = speculative_decode(counting_model(), Overeager(), torch.tensor([[0]]), max_new_tokens=4, K=2)
     assert output[0].tolist() == [0, 1, 2, 3, 4]
     assert (metrics.num_target_passes, metrics.num_generated, metrics.num_accepted) == (1, 4, 4)
@@ -219,7 +232,7 @@ def test_a_draft_with_a_shorter_context_stops_drafting():
 
 @pytest.mark.parametrize("disturbance", ["clear target", "clear draft", "clear both", "unrelated", "truncated"])
 def test_what_the_caches_remember_changes_no_token(disturbance, target, draft):
-    undisturbed, disturbed = varied_sequences()[:6], varied_sequences()[:6]
+    undisturbed, disturbed = varied_sequences()[:8], varied_sequences()[:8]
     decode_all(undisturbed, ModelDrafter(draft), target)
     rng, num_rounds = random.Random(1), 0
     for results in generate(disturbed, ModelDrafter(draft), target):
@@ -236,7 +249,7 @@ def test_what_the_caches_remember_changes_no_token(disturbance, target, draft):
 
 
 def test_a_cache_of_few_rows_changes_no_token(target_folder, target, draft):
-    small, few, expected = HuggingFaceBackend(target_folder, max_rows=2), varied_sequences()[:6], varied_sequences()[:6]
+    small, few, expected = HuggingFaceBackend(target_folder, max_rows=2), varied_sequences()[:8], varied_sequences()[:8]
     decode_all(expected, ModelDrafter(draft), target)
     engines = [generate([sequence], ModelDrafter(draft), small) for sequence in few]
     for _ in zip_longest(*engines):  # every sequence advances in turn, and takes another one's row
@@ -291,6 +304,31 @@ def test_metrics_of_nothing_are_zero():
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.5}, "top_p"),
         ({"top_k": -1}, "top_k"),
+        ({"min_p": -0.1}, "min_p"),
+        ({"min_p": 1.1}, "min_p"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty"),
+        ({"presence_penalty": 2.1}, "presence_penalty"),
+        ({"frequency_penalty": -2.1}, "frequency_penalty"),
+        ({"frequency_penalty": float("nan")}, "frequency_penalty"),
+        ({"logit_bias": {1: 101.0}}, "logit_bias"),
+        ({"logit_bias": {10: 1.0}}, "logit_bias"),
+        ({"allowed_token_ids": frozenset()}, "allowed_token_ids"),
+        ({"allowed_token_ids": frozenset({10})}, "allowed_token_ids"),
+        ({"bad_words_ids": ((),)}, "bad_words_ids"),
+        ({"bad_words_ids": ((1, -1),)}, "bad_words_ids"),
+        ({"bad_words_ids": tuple((token,) for token in range(10))}, "bad_words_ids"),
+        ({"bad_words_ids": ((1, 3), (2, 4)), "allowed_token_ids": frozenset({3, 4})}, "bad_words_ids"),
+        ({"min_tokens": 1, "stop_token_ids": frozenset(range(10))}, "min_tokens"),
+        ({"min_tokens": 1, "allowed_token_ids": frozenset({3}), "stop_token_ids": frozenset({3})}, "min_tokens"),
+        ({"min_tokens": 9}, "min_tokens"),
+        ({"min_tokens": -1}, "min_tokens"),
+        ({"stop_token_ids": frozenset({10})}, "stop_token_ids"),
+        ({"logprobs": -1}, "logprobs"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs"),
+        ({"n": 0}, "n"),
+        ({"stop": "x"}, "stop"),
+        ({"verifier": "hope"}, "verifier"),
         ({"seed": -1}, "seed"),
         ({"seed": 2**64}, "seed"),
     ],
@@ -305,9 +343,14 @@ def test_an_error_names_its_parameter_in_one_line(changes, param):
     assert "\n" not in str(caught.value)
 
 
-def test_a_draft_with_another_vocabulary_is_refused():
-    with pytest.raises(ModelError, match="draft 'table' has another vocabulary than target 'table'"):
+def test_a_draft_with_another_vocabulary_and_no_tokenizer_is_refused():
+    with pytest.raises(ModelError, match="tokenizer of 'table' cannot be loaded"):
         speculative_decode(counting_model(10), counting_model(9), torch.tensor([[1]]))
+
+
+def test_an_unknown_parameter_is_refused():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'temprature'"):
+        speculative_decode(counting_model(), None, torch.tensor([[1]]), temprature=1.0)
 
 
 def test_no_drafter_decodes_as_no_draft(target):

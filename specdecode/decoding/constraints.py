@@ -1,0 +1,137 @@
+"""Logits in; the same logits, changed as the request and the tokens so far demand, out.
+
+Every change touches a few entries of each row, so that the cost grows with the tokens of a sequence and not with the
+vocabulary. Tokens that the model at hand does not have, as a draft may lack some of the target's, are passed over.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from specdecode.decoding.sequence import SamplingParams, Sequence
+from specdecode.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The last `num_scored` positions of a sequence that is taken to go on with `drafted`; each is given one row of logits.
+
+    The token after such a position is processed as if the drafted tokens before it had been accepted.
+    """
+
+    sequence: Sequence
+    drafted: list[int]
+    num_scored: int
+
+    @property
+    def tokens(self) -> list[int]:
+        """The sequence with the drafted tokens."""
+        return self.sequence.tokens + self.drafted
+
+    @property
+    def positions(self) -> range:
+        """Where the tokens stand that the rows decide on."""
+        end = len(self.sequence.tokens) + len(self.drafted) + 1
+        return range(end - self.num_scored, end)
+
+
+def constrain(logits: torch.Tensor, scored: list[Scored], eos_token_ids: frozenset[int]) -> None:
+    """Applies allowed and bad tokens, `min_tokens`, the logit bias and the penalties, in place.
+
+    Args:
+        logits: [sum(num_scored), vocab].
+        scored: whose rows they are.
+        eos_token_ids: the model's own end tokens.
+    """
+    for part, rows in zip(scored, logits.split([part.num_scored for part in scored]), strict=True):
+        params = part.sequence.params
+        if params.allowed_token_ids is not None:
+            _allow(rows, params.allowed_token_ids)
+        for row, token in _bans(part, eos_token_ids):
+            if token < rows.shape[1]:
+                rows[row, token] = -torch.inf
+        if params.logit_bias:
+            tokens = [token for token in params.logit_bias if token < rows.shape[1]]
+            rows[:, tokens] += rows.new_tensor([params.logit_bias[token] for token in tokens])
+        if params.has_penalties:
+            _penalise(rows, part)
+
+
+def check_constraints(params: SamplingParams, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
+    """Raises a `RequestError` if a token is not in the vocabulary, or if there may come a place where no token is allowed."""
+    for name, tokens in [
+        ("logit_bias", params.logit_bias),
+        ("allowed_token_ids", params.allowed_token_ids or ()),
+        ("bad_words_ids", [token for word in params.bad_words_ids for token in word]),
+        ("stop_token_ids", params.stop_token_ids),
+    ]:
+        if unknown := [token for token in tokens if not 0 <= token < vocab_size]:
+            raise RequestError(f"{name}: expected token ids in [0, {vocab_size}), got {unknown[0]}", param=name)
+    allowed = params.allowed_token_ids if params.allowed_token_ids is not None else range(vocab_size)
+    banned = {word[-1] for word in params.bad_words_ids}
+    if params.min_tokens:
+        banned |= params.end_token_ids(eos_token_ids)
+    if all(token in banned for token in allowed):
+        name = "bad_words_ids" if params.bad_words_ids else "min_tokens"
+        raise RequestError(f"{name}: together with allowed_token_ids, no token may be left to generate", param=name)
+
+
+def _allow(logits: torch.Tensor, allowed: Iterable[int]) -> None:
+    tokens = [token for token in allowed if token < logits.shape[1]]
+    kept = logits[:, tokens]
+    logits.fill_(-torch.inf)
+    logits[:, tokens] = kept
+
+
+def _bans(part: Scored, eos_token_ids: frozenset[int]) -> Iterator[tuple[int, int]]:
+    """The tokens that must not come next, and in which row."""
+    params = part.sequence.params
+    if not params.bad_words_ids and not params.min_tokens:
+        return
+    tokens = part.tokens
+    for row, position in enumerate(part.positions):
+        if position - part.sequence.num_prompt_tokens < params.min_tokens:
+            yield from ((row, token) for token in params.end_token_ids(eos_token_ids))
+        yield from ((row, token) for token in _ends_of_bad_words(params.bad_words_ids, tokens[:position]))
+
+
+def _ends_of_bad_words(words: Iterable[tuple[int, ...]], tokens: list[int]) -> Iterator[int]:
+    for word in words:
+        begun = list(word[:-1])
+        if not begun or tokens[-len(begun) :] == begun:
+            yield word[-1]
+
+
+def _penalise(logits: torch.Tensor, part: Scored) -> None:
+    """Penalises the tokens that stand before each scored position, drafted ones included; logits are [num_scored, vocab]."""
+    params = part.sequence.params
+    ids, is_in_prompt, num_generated = (torch.from_numpy(column) for column in _counts(part))
+    is_known = ids < logits.shape[1]
+    if not bool(is_known.all()):
+        ids, is_in_prompt, num_generated = ids[is_known], is_in_prompt[is_known], num_generated[:, is_known]
+    ids, num_generated = ids.to(logits.device), num_generated.to(logits.device, logits.dtype)
+    is_generated = num_generated > 0
+    values = logits.index_select(1, ids)
+    if params.repetition_penalty != 1:
+        is_repeated = is_generated | is_in_prompt.to(logits.device)
+        repeated = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+        values = torch.where(is_repeated, repeated, values)
+    values -= params.frequency_penalty * num_generated + params.presence_penalty * is_generated
+    logits.index_copy_(1, ids, values)
+
+
+def _counts(part: Scored) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The tokens that are there, [m], whether the prompt holds each, [m], and how often it was generated, [num_scored, m]."""
+    counts, drafted = part.sequence.counts, part.drafted
+    new = [token for token in dict.fromkeys(drafted) if counts.place(token) is None]
+    ids = np.append(counts.ids, np.array(new, dtype=np.int64))
+    num_known = len(counts.ids)
+    num_generated = np.zeros((part.num_scored, len(ids)), dtype=np.int64)
+    num_generated[:, :num_known] = counts.num_generated
+    for offset, token in enumerate(drafted):
+        known = counts.place(token)
+        place = num_known + new.index(token) if known is None else known
+        num_generated[max(0, offset + part.num_scored - len(drafted)) :, place] += 1  # in the rows after the drafted token
+    return ids, np.append(counts.is_in_prompt, np.zeros(len(new), dtype=bool)), num_generated
