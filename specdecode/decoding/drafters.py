@@ -1,6 +1,7 @@
 """Sequences in, guesses out. A guess may be wrong, late or empty, and costs only speed."""
 
-from collections.abc import Mapping, Sequence as Several
+from collections.abc import Mapping
+from collections.abc import Sequence as Several
 from dataclasses import dataclass, field
 from typing import Protocol
 

@@ -2,11 +2,13 @@
 
 from collections import deque
 from collections.abc import Iterator
+from typing import Literal
 
 from pydantic import Field
 
 from specdecode.backends.backend import ModelBackend
 from specdecode.config import StrictModel
+from specdecode.decoding.control import AdaptiveLength, FixedLength, LengthPolicy
 from specdecode.decoding.drafters import Drafter
 from specdecode.decoding.loop import check_sequence, prefill, step
 from specdecode.decoding.sequence import Round, Sequence
@@ -18,6 +20,9 @@ class EngineConfig(StrictModel):
 
     max_batch: int = Field(default=16, gt=0, description="how many sequences are decoded together at the most")
     max_queued: int = Field(default=256, ge=0, description="how many sequences wait for a place at the most")
+    draft_length: Literal["adaptive", "fixed"] = Field(
+        default="adaptive", description="how many tokens are drafted: at the most k, as many as pay, or always k"
+    )
     prefill_chunk: int = Field(default=256, gt=0, description="how many prompt tokens are computed between two rounds")
 
 
@@ -39,6 +44,7 @@ class Engine:
         self.target = target
         self.config = config or EngineConfig()
         self._drafter = drafter
+        self._length: LengthPolicy = AdaptiveLength() if self.config.draft_length == "adaptive" else FixedLength()
         self._queued: deque[Sequence] = deque()
         self._prefilling: deque[tuple[Sequence, int]] = deque()  # with the number of tokens that are computed
         self._decoding: list[Sequence] = []
@@ -88,9 +94,12 @@ class Engine:
         self._prefill()
         if not self._decoding:
             return []
-        rounds = list(zip(self._decoding, step(self._decoding, self._drafter, self.target), strict=True))
-        self._decoding = [sequence for sequence in self._decoding if sequence.finish_reason is None]
-        return rounds
+        batch = self._decoding
+        self._length.plan(batch)
+        rounds = step(batch, self._drafter, self.target)
+        self._length.observe(batch, rounds)
+        self._decoding = [sequence for sequence in batch if sequence.finish_reason is None]
+        return list(zip(batch, rounds, strict=True))
 
     def run(self) -> Iterator[tuple[Sequence, Round]]:
         """Steps until nothing is left to decode."""

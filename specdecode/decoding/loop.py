@@ -13,6 +13,7 @@ import torch
 
 from specdecode.backends.backend import ModelBackend, Row
 from specdecode.decoding.constraints import Scored, check_constraints
+from specdecode.decoding.control import AdaptiveLength, FixedLength, LengthPolicy
 from specdecode.decoding.drafters import Drafter, ModelDrafter, NoDrafter
 from specdecode.decoding.logprobs import token_logprobs
 from specdecode.decoding.metrics import DecodingMetrics
@@ -43,19 +44,31 @@ def step(sequences: list[Sequence], drafter: Drafter, target: ModelBackend) -> l
     ]
 
 
-def generate(sequences: list[Sequence], drafter: Drafter, target: ModelBackend) -> Iterator[list[tuple[Sequence, Round]]]:
+def generate(
+    sequences: list[Sequence], drafter: Drafter, target: ModelBackend, length: LengthPolicy | None = None
+) -> Iterator[list[tuple[Sequence, Round]]]:
     """Decodes all sequences together, and yields after each round what it gave to those that were not finished.
+
+    Args:
+        sequences: what to decode.
+        drafter: whoever guesses.
+        target: the model whose output it is.
+        length: how many tokens are drafted; always those of the route if None.
 
     Raises:
         RequestError: a sequence does not fit the target.
     """
+    length = length or FixedLength()
     for sequence in sequences:
         check_sequence(sequence, target)
         if sequence.params.prompt_logprobs is not None:
             for start in range(0, len(sequence.tokens) - 1, _PROMPT_CHUNK):
                 prefill(sequence, target, start, min(start + _PROMPT_CHUNK, len(sequence.tokens) - 1))
     while unfinished := [sequence for sequence in sequences if sequence.finish_reason is None]:
-        yield list(zip(unfinished, step(unfinished, drafter, target), strict=True))
+        length.plan(unfinished)
+        rounds = step(unfinished, drafter, target)
+        length.observe(unfinished, rounds)
+        yield list(zip(unfinished, rounds, strict=True))
 
 
 @torch.inference_mode()
@@ -75,6 +88,7 @@ def speculative_decode(
     max_new_tokens: int = 128,
     K: int = 5,  # noqa: N803  the name that the literature uses
     *,
+    adaptive: bool = False,
     n: int = 1,
     stop: str | list[str] | None = None,
     tokenizer: Tokenizer | None = None,
@@ -88,6 +102,7 @@ def speculative_decode(
         input_ids: LongTensor [1, length].
         max_new_tokens: generate at the most so many tokens.
         K: how many tokens to draft in a round.
+        adaptive: draft as many as pay, at the most K.
         n: how many answers to generate.
         stop: strings at which an answer ends; its last token is the one that completes the string.
         tokenizer: the target's, which `stop` needs.
@@ -117,7 +132,7 @@ def speculative_decode(
     stops = [StopCriterion(tokenizer, stop, params.min_tokens) for _ in sequences] if tokenizer and stop else []
     metrics = DecodingMetrics()
     started = time.perf_counter()
-    for rounds in generate(sequences, as_drafter(draft, target), target):
+    for rounds in generate(sequences, as_drafter(draft, target), target, AdaptiveLength() if adaptive else None):
         for sequence, round in rounds:
             if stops:
                 round = end_at(sequence, round, stops[number[sequence.id]].feed(round.tokens))
@@ -129,7 +144,7 @@ def speculative_decode(
 
 
 def end_at(sequence: Sequence, round: Round, length: int | None) -> Round:
-    """Ends a sequence after the first `length` tokens of its last round, as where a stop string is complete; None changes nothing."""
+    """Ends a sequence after the first `length` tokens of its last round, as at a stop string; None changes nothing."""
     if length is None:
         return round
     del sequence.tokens[len(sequence.tokens) - len(round.tokens) + length :]
@@ -144,7 +159,7 @@ def end_at(sequence: Sequence, round: Round, length: int | None) -> Round:
 
 
 def as_drafter(draft: ModelBackend | Drafter | None, target: ModelBackend, **options: Any) -> Drafter:
-    """Makes a drafter for `target` of a draft model, with `ModelDrafter`'s options; a drafter stays as it is, None is `NoDrafter`.
+    """Makes a drafter for `target` of a draft model, with `ModelDrafter`'s options; a drafter stays one, None is `NoDrafter`.
 
     Raises:
         ModelError: the two models' vocabularies have too little in common.

@@ -6,13 +6,14 @@ Every draft, and decoding without one, answers the same prompts in turns, so tha
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 
 from specdecode.backends.backend import ModelBackend, create_backend
 from specdecode.config import StrictModel
+from specdecode.decoding.control import AdaptiveLength, FixedLength, LengthPolicy
 from specdecode.decoding.drafters import Drafter
 from specdecode.decoding.loop import as_drafter, generate
 from specdecode.decoding.metrics import DecodingMetrics
@@ -32,6 +33,8 @@ class SpeedConfig(StrictModel):
     num_prompts: int = Field(default=8, gt=0, description="prompts of each domain")
     num_repeats: int = Field(default=1, gt=0, description="how often each prompt is answered with each draft")
     K: int = Field(default=4, ge=0, description="tokens drafted in a round")
+    draft_length: Literal["adaptive", "fixed"] = Field(default="fixed", description="always K, or at the most K as many as pay")
+    min_confidence: float = Field(default=0.0, ge=0, le=1, description="where a draft's own probability falls below, it ends")
     max_tokens: int = Field(default=64, gt=0)
     temperature: float = Field(default=0.0, ge=0)
     verifier: VerifierName = "rejection"
@@ -58,28 +61,29 @@ def measure_speed(config: SpeedConfig) -> Iterator[SpeedRecord]:
     tokenizer = Tokenizer(config.target)
     target = create_backend(config.target, config.dtype, config.device)
     drafters = {PLAIN: as_drafter(None, target)}
+    length: LengthPolicy = AdaptiveLength() if config.draft_length == "adaptive" else FixedLength()
     for name, model in config.drafts.items():
-        drafters[name] = as_drafter(create_backend(model, config.dtype, config.device), target)
+        drafters[name] = as_drafter(
+            create_backend(model, config.dtype, config.device), target, min_confidence=config.min_confidence
+        )
     for domain in config.domains:
         for number, prompt in enumerate(load_prompts(domain)[: config.num_prompts]):
             tokens = prompt.encode(tokenizer)
             for repeat in range(config.num_repeats + (number == 0)):
                 for name, drafter in drafters.items():
-                    sequence, metrics = _decode(config, tokens, name, drafter, target)
+                    sequence, metrics = _decode(config, tokens, name, drafter, target, length)
                     if number > 0 or repeat > 0:
                         output = tuple(sequence.tokens[len(tokens) :])
                         yield SpeedRecord(domain, prompt.id, name, output, metrics)
 
 
 def _decode(
-    config: SpeedConfig, tokens: list[int], name: str, drafter: Drafter, target: ModelBackend
+    config: SpeedConfig, tokens: list[int], name: str, drafter: Drafter, target: ModelBackend, length: LengthPolicy
 ) -> tuple[Sequence, DecodingMetrics]:
-    params = SamplingParams(
-        temperature=config.temperature, max_tokens=config.max_tokens, seed=0, verifier=config.verifier
-    )
+    params = SamplingParams(temperature=config.temperature, max_tokens=config.max_tokens, seed=0, verifier=config.verifier)
     sequence = Sequence(list(tokens), params, Route(name, config.K))
     metrics, started = DecodingMetrics(), time.perf_counter()
-    for rounds in generate([sequence], drafter, target):
+    for rounds in generate([sequence], drafter, target, length):
         metrics.add(rounds[0][1], time.perf_counter() - started)
     return sequence, metrics
 

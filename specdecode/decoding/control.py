@@ -1,0 +1,209 @@
+"""Rounds in, draft lengths out: how many tokens to draft next, so that most tokens come out per second.
+
+A round that drafts k tokens for a sequence yields (1 - a^(k + 1)) / (1 - a) tokens on average if each drafted token is accepted
+with probability a (Leviathan et al. 2023, equation 1), and costs the time to draft and to verify them. Acceptance is estimated
+for each sequence, times are measured, and the lengths with the best ratio for the whole batch are taken, zero included.
+"""
+
+import weakref
+from collections.abc import Sequence as Several
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from specdecode.decoding.sequence import Round, Sequence
+
+# A sequence is tried with full drafts for so many rounds, whatever is expected: in the first the draft computes the prompt, and
+# only the next can be timed. Not to try could cost a whole answer its speed-up.
+_NUM_TRIES = 2
+# After so many plain rounds a sequence is tried again; after twice as many the next time, and so on.
+_PATIENCE = 32
+# What is believed of the acceptance before the first verdict, and how many verdicts that belief is worth.
+_PRIOR_RATE, _PRIOR_TRIALS = 0.7, 2.0
+
+
+class LengthPolicy(Protocol):
+    """Chooses how many tokens are drafted for each sequence of a batch."""
+
+    def plan(self, sequences: list[Sequence]) -> None:
+        """Sets `k`, at the most `route.k`, of each sequence for the next round."""
+        ...
+
+    def observe(self, sequences: list[Sequence], rounds: list[Round]) -> None:
+        """Learns from the round that came of it."""
+        ...
+
+
+class FixedLength:
+    """Drafts what the route says."""
+
+    def plan(self, sequences: list[Sequence]) -> None:
+        """See `LengthPolicy.plan`."""
+        for sequence in sequences:
+            sequence.k = sequence.route.k
+
+    def observe(self, sequences: list[Sequence], rounds: list[Round]) -> None:
+        """See `LengthPolicy.observe`."""
+
+
+class AdaptiveLength:
+    """Drafts as many tokens as pay, by what drafting, verification and acceptance have been so far."""
+
+    def __init__(self) -> None:
+        self._verify_time = Line()  # by scored tokens
+        self._draft_times: dict[str, Line] = {}  # by drafted tokens, of the longest draft
+        self._acceptance: weakref.WeakKeyDictionary[Sequence, Acceptance] = weakref.WeakKeyDictionary()
+
+    def plan(self, sequences: list[Sequence]) -> None:
+        """See `LengthPolicy.plan`."""
+        by_drafter = _by_drafter(sequences)
+        groups = [self._group(name, members) for name, members in by_drafter.items()]
+        _choose_lengths(groups, self._verify_time, len(sequences))
+        for group, members in zip(groups, by_drafter.values(), strict=True):
+            for sequence, k, limit in zip(members, group.k.tolist(), group.limits.tolist(), strict=True):
+                sequence.k = limit if self._acceptance_of(sequence).num_tries else k
+
+    def observe(self, sequences: list[Sequence], rounds: list[Round]) -> None:
+        """See `LengthPolicy.observe`."""
+        if not rounds:
+            return
+        depths: dict[str, int] = {}
+        is_warm = True
+        for sequence, round in zip(sequences, rounds, strict=True):
+            acceptance = self._acceptance_of(sequence)
+            if round.num_drafted:
+                name = sequence.route.drafter or ""
+                depths[name] = max(depths.get(name, 0), round.num_drafted)
+                is_warm &= acceptance.is_drafting
+            acceptance.add(round.num_accepted, round.num_drafted)
+        self._verify_time.add(sum(round.num_drafted + 1 for round in rounds), rounds[0].verify_time_s)
+        for name, depth in depths.items() if is_warm else ():
+            others = sum(self._draft_time(other).at(depths[other]) for other in depths if other != name)
+            self._draft_time(name).add(depth, max(0.0, rounds[0].draft_time_s - others))
+
+    def _group(self, name: str, members: list[Sequence]) -> "_Group":
+        rates = np.array([self._acceptance_of(sequence).rate for sequence in members])
+        limits = np.array([max(0, min(sequence.route.k, sequence.num_remaining - 1)) for sequence in members])
+        return _Group(self._draft_time(name), rates.clip(0.01, 0.99), limits, limits)
+
+    def _acceptance_of(self, sequence: Sequence) -> "Acceptance":
+        return self._acceptance.setdefault(sequence, Acceptance())
+
+    def _draft_time(self, name: str) -> "Line":
+        return self._draft_times.setdefault(name, Line())
+
+
+@dataclass
+class Acceptance:
+    """How likely a sequence's next drafted token is accepted, from its rounds, of which older ones count less."""
+
+    memory: float = 0.9
+    num_tries: int = _NUM_TRIES
+    is_drafting: bool = False  # as of the last round
+    _num_accepted: float = 0.0
+    _num_trials: float = 0.0
+    _num_plain: int = 0
+    _patience: int = _PATIENCE
+
+    @property
+    def rate(self) -> float:
+        """Accepted tokens over those on which there was a verdict."""
+        return (self._num_accepted + _PRIOR_RATE * _PRIOR_TRIALS) / (self._num_trials + _PRIOR_TRIALS)
+
+    def add(self, num_accepted: int, num_drafted: int) -> None:
+        """Counts one round; after a rejection there is no verdict on what was drafted. Many plain rounds make it try again."""
+        self.is_drafting = num_drafted > 0
+        if num_drafted:
+            self._num_accepted = self.memory * self._num_accepted + num_accepted
+            self._num_trials = self.memory * self._num_trials + num_accepted + (num_accepted < num_drafted)
+            self.num_tries = max(0, self.num_tries - 1)
+            self._num_plain = 0
+            return
+        self._num_plain += 1
+        if self._num_plain >= self._patience:
+            self._num_accepted, self._num_trials, self._num_plain, self.num_tries = 0.0, 0.0, 0, _NUM_TRIES
+            self._patience *= 2
+
+
+@dataclass
+class Line:
+    """A time as a straight line over a size, fitted by least squares to measurements of which older ones count less."""
+
+    memory: float = 0.9
+    _n: float = 0.0
+    _x: float = 0.0
+    _y: float = 0.0
+    _xx: float = 0.0
+    _xy: float = 0.0
+
+    def add(self, x: float, y: float) -> None:
+        """Takes a measurement; one far above the line, as when a prompt is computed on the way, counts as a few times it."""
+        if self._n > 4:
+            y = min(y, 3 * self.at(x))
+        for name, value in (("_n", 1.0), ("_x", x), ("_y", y), ("_xx", x * x), ("_xy", x * y)):
+            setattr(self, name, self.memory * getattr(self, name) + value)
+
+    @property
+    def slope(self) -> float:
+        """Seconds for one more; 0 where all sizes were about the same, and never below."""
+        if self._n == 0:
+            return 0.0
+        variance = self._xx / self._n - (self._x / self._n) ** 2
+        if variance < 0.01 * self._xx / self._n:
+            return 0.0
+        return max(0.0, (self._xy / self._n - self._x * self._y / self._n**2) / variance)
+
+    def at(self, x: Any) -> Any:
+        """The time at a size, or at an array of them; 0 before the first measurement."""
+        if self._n == 0:
+            return 0.0 * x
+        return max(0.0, self._y / self._n - self.slope * self._x / self._n) + self.slope * x
+
+
+@dataclass
+class _Group:
+    """The sequences of one drafter: their acceptance, [n], the most that may be drafted, [n], and the lengths, [n]."""
+
+    draft_time: Line
+    acceptance: np.ndarray
+    limits: np.ndarray
+    k: np.ndarray
+
+    def tokens(self, k: np.ndarray) -> np.ndarray:
+        """Expected tokens of a round, summed over the sequences; `k` is [n, ...]."""
+        a = self.acceptance.reshape(-1, *[1] * (k.ndim - 1))
+        return ((1 - a ** (k + 1)) / (1 - a)).sum(0)
+
+    def time(self) -> float:
+        """Seconds to draft."""
+        depth = int(self.k.max(initial=0))
+        return float(self.draft_time.at(depth)) if depth else 0.0
+
+
+def _choose_lengths(groups: list[_Group], verify_time: Line, num_sequences: int) -> None:
+    """Sets the lengths of each group, given those of the others, to those with the most tokens per second; twice around."""
+    for group in groups * 2:
+        rest = [other for other in groups if other is not group]
+        rest_tokens = sum(float(other.tokens(other.k)) for other in rest)
+        rest_time = sum(other.time() for other in rest)
+        rest_drafted = sum(int(other.k.sum()) for other in rest)
+        speed = (rest_tokens + float(group.tokens(group.k))) / max(
+            1e-9, rest_time + group.time() + float(verify_time.at(num_sequences + rest_drafted + int(group.k.sum())))
+        )
+        # A token that is accepted less often than its own verification costs tokens elsewhere is not worth it.
+        price = min(max(speed * verify_time.slope, 1e-9), 1.0)
+        worthwhile = np.floor(np.log(price) / np.log(group.acceptance)).astype(int)
+        depths = np.arange(int(group.limits.max(initial=0)) + 1)
+        k = np.minimum(np.minimum(group.limits, worthwhile)[:, None], depths)  # [n, depths]
+        times = np.where(depths > 0, group.draft_time.at(depths), 0.0)
+        times = times + rest_time + verify_time.at(num_sequences + rest_drafted + k.sum(0))
+        rates = (rest_tokens + group.tokens(k)) / np.maximum(times, 1e-9)
+        group.k = k[:, int(rates.argmax())]
+
+
+def _by_drafter(sequences: Several[Sequence]) -> dict[str, list[Sequence]]:
+    groups: dict[str, list[Sequence]] = {}
+    for sequence in sequences:
+        groups.setdefault(sequence.route.drafter or "", []).append(sequence)
+    return groups
