@@ -10,7 +10,8 @@ import torch
 
 from specdecode.backends.backend import ModelBackend, Row
 from specdecode.decoding.constraints import Scored
-from specdecode.decoding.sampling import Purpose, log_probabilities, sample, sparsify, uniforms
+from specdecode.decoding.distributions import draft_distributions
+from specdecode.decoding.sampling import Purpose, sample, uniforms
 from specdecode.decoding.sequence import Draft, Sequence
 from specdecode.errors import RequestError
 from specdecode.vocabulary import SameVocabulary, Translation
@@ -65,8 +66,8 @@ class ModelDrafter:
         """See `Drafter.propose`."""
         guesses = [self._begin(sequence) for sequence in sequences]
         longest = max(guess.k for guess in guesses)
-        size = self._support if any(sequence.params.is_sampled for sequence in sequences) else 1
-        u = uniforms([s.seed for s in sequences], [len(s.tokens) for s in sequences], Purpose.DRAFT, longest)
+        size = 1 if all(sequence.params.temperature == 0 for sequence in sequences) else self._support
+        u = _uniforms(sequences, longest)
         for offset in range(longest):
             active = [number for number, guess in enumerate(guesses) if guess.k > offset]
             if active:
@@ -84,15 +85,14 @@ class ModelDrafter:
         logits = self._translation.logits(self.backend.logits([Row(g.sequence.id, g.context, 1) for g in guesses]))
         confidence = logits.float().softmax(-1) if self._min_confidence else None
         scored = [Scored(guess.sequence, guess.tokens, 1) for guess in guesses]
-        log_q = log_probabilities(logits, scored, self._eos_token_ids)
-        support, q = sparsify(log_q, size)
-        is_open = q.isfinite().all(-1)  # the request may allow none of the draft's tokens
-        drawn = support.gather(-1, sample(torch.where(is_open[:, None], q, 1.0), u)[:, None])  # [n, 1]
-        chances = confidence.gather(-1, drawn).squeeze(-1).tolist() if confidence is not None else [1.0] * len(guesses)
-        parts = zip(guesses, is_open.tolist(), drawn.squeeze(-1).tolist(), support.cpu(), q.cpu(), chances, strict=True)
-        for guess, is_drawn, token, row_support, row_q, chance in parts:
+        support, q = draft_distributions(logits, scored, self._eos_token_ids, size)
+        is_open = q[:, 0].isfinite()  # the request may allow none of the draft's tokens
+        drawn = support if size == 1 else support.gather(1, sample(torch.where(is_open[:, None], q, 1.0), u)[:, None])  # [n, 1]
+        chances = confidence.gather(1, drawn).squeeze(1).tolist() if confidence is not None else [1.0] * len(guesses)
+        support, q = support.cpu(), q.cpu()
+        for row, (guess, token, is_drawn) in enumerate(zip(guesses, drawn.squeeze(1).tolist(), is_open.tolist(), strict=True)):
             if is_drawn:
-                guess.add(token, row_support, row_q, self._translation.draft_id(token), chance)
+                guess.add(token, self._translation.draft_id(token), chances[row], support[row], q[row])
             if not is_drawn or self._is_complete(guess):
                 guess.k = len(guess.tokens)
 
@@ -114,17 +114,28 @@ class _Guess:
     _support: list[torch.Tensor] = field(default_factory=list)
     _q: list[torch.Tensor] = field(default_factory=list)
 
-    def add(self, token: int, support: torch.Tensor, q: torch.Tensor, draft_id: int, chance: float) -> None:
+    def add(self, token: int, draft_id: int, chance: float, support: torch.Tensor, q: torch.Tensor) -> None:
         self.tokens.append(token)
-        self._support.append(support)
-        self._q.append(q)
         self.context = [*self.context, draft_id]  # a new list: the backend keeps the old one
         self.confidence *= chance
+        self._support.append(support)
+        self._q.append(q)
 
     def draft(self) -> Draft:
         if not self.tokens:
             return Draft.empty()
+        if not self.sequence.params.is_sampled:
+            return Draft.certain(self.tokens)
         return Draft(self.tokens, torch.stack(self._support), torch.stack(self._q))
+
+
+def _uniforms(sequences: list[Sequence], count: int) -> torch.Tensor:
+    """Random numbers to draft with, [batch, count]; 0 where q is one-hot and nothing depends on them."""
+    u = torch.zeros(len(sequences), count, dtype=torch.float64)
+    if drawn := [number for number, sequence in enumerate(sequences) if sequence.params.is_sampled]:
+        seeds, positions = [sequences[n].seed for n in drawn], [len(sequences[n].tokens) for n in drawn]
+        u[drawn] = uniforms(seeds, positions, Purpose.DRAFT, count)
+    return u
 
 
 class PromptLookupDrafter:

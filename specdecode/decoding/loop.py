@@ -14,10 +14,10 @@ import torch
 from specdecode.backends.backend import ModelBackend, Row
 from specdecode.decoding.constraints import Scored, check_constraints
 from specdecode.decoding.control import AdaptiveLength, FixedLength, LengthPolicy
+from specdecode.decoding.distributions import Distributions
 from specdecode.decoding.drafters import Drafter, ModelDrafter, NoDrafter
 from specdecode.decoding.logprobs import token_logprobs
 from specdecode.decoding.metrics import DecodingMetrics
-from specdecode.decoding.sampling import log_probabilities
 from specdecode.decoding.sequence import Draft, FinishReason, Round, Route, SamplingParams, Sequence
 from specdecode.decoding.verification import accept
 from specdecode.errors import RequestError
@@ -36,7 +36,7 @@ def step(sequences: list[Sequence], drafter: Drafter, target: ModelBackend) -> l
     scored = [Scored(s, draft.tokens, len(draft.tokens) + 1) for s, draft in zip(sequences, drafts, strict=True)]
     logits = target.logits([Row(part.sequence.id, part.tokens, part.num_scored) for part in scored])  # [sum(k + 1), vocab]
     raw = _raw(logits, scored)
-    lengths, tokens = accept(sequences, drafts, log_probabilities(logits, scored, target.eos_token_ids))
+    lengths, tokens = accept(sequences, drafts, Distributions.of(logits, scored, target.eos_token_ids))
     verified = time.perf_counter()
     return [
         _extend(*part, target, drafted - started, verified - drafted)

@@ -108,6 +108,11 @@ class SamplingParams:
         return self.temperature > 0 and self.verifier != "coupled"
 
     @property
+    def is_coupled(self) -> bool:
+        """Whether tokens are drawn with noise that target and draft share."""
+        return self.temperature > 0 and self.verifier == "coupled"
+
+    @property
     def has_penalties(self) -> bool:
         """Whether the tokens so far change the logits."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 
+from specdecode.decoding.distributions import Distributions
 from specdecode.decoding.sampling import Purpose, sample, uniforms
 from specdecode.decoding.sequence import Draft, Sequence, VerifierName
 
@@ -25,45 +26,39 @@ class Block:
         k: [batch] drafted tokens.
         tokens: [batch, K], K the largest k.
         support, q: [batch, K, m], the sparse distributions that the tokens were drawn from; 0 in the padding.
-        log_p: [n, vocab], the target's log-probabilities; those of a sequence, at each drafted token and after the last one,
-            stand one after the other.
-        first: [batch], where in `log_p` each sequence's begin.
+        p: the target's distributions; those of a sequence, at each drafted token and after the last one, stand one after the
+            other.
+        first: [batch], where in `p` each sequence's begin.
     """
 
     k: torch.Tensor
     tokens: torch.Tensor
     support: torch.Tensor
     q: torch.Tensor
-    log_p: torch.Tensor
+    p: Distributions
     first: torch.Tensor
 
     @staticmethod
-    def of(drafts: Several[Draft], log_p: torch.Tensor, first: Several[int] | None = None) -> "Block":
-        """Pads the drafts; without `first`, their distributions are all of `log_p`, [sum(k + 1), vocab], in order."""
+    def of(drafts: Several[Draft], p: Distributions, first: Several[int] | None = None) -> "Block":
+        """Pads the drafts; without `first`, their distributions are all of `p`, in order."""
         ks = [len(draft.tokens) for draft in drafts]
         longest, widest = max(ks), max(draft.q.shape[1] for draft in drafts)
-        tokens = torch.zeros(len(drafts), longest, dtype=torch.long)
-        support = torch.zeros(len(drafts), longest, widest, dtype=torch.long)
-        q = torch.zeros(len(drafts), longest, widest, dtype=log_p.dtype)
-        for row, draft in enumerate(drafts):
-            length, width = draft.q.shape
-            if length:
-                tokens[row, :length] = torch.tensor(draft.tokens, dtype=torch.long)
-                support[row, :length, :width] = draft.support
-                q[row, :length, :width] = draft.q
         k = torch.tensor(ks)
+        tokens = torch.tensor([draft.tokens + [0] * (longest - len(draft.tokens)) for draft in drafts], dtype=torch.long)
+        device, dtype = p.logits.device, p.logits.dtype
+        support = _padded([draft.support for draft in drafts], widest)
+        q = _padded([draft.q.to(dtype) for draft in drafts], widest)
         starts = (k + 1).cumsum(0) - (k + 1) if first is None else torch.tensor(first)
-        device = log_p.device
-        return Block(k.to(device), tokens.to(device), support.to(device), q.to(device), log_p, starts.to(device))
+        return Block(k.to(device), tokens.to(device), support.to(device), q.to(device), p, starts.to(device))
 
     def p_drafted(self) -> torch.Tensor:
         """The target's probability of each drafted token, [batch, K]; anything in the padding."""
-        return self.log_p[self._rows(0), self.tokens].exp()
+        return self.p.at(self._rows(0), self.tokens)
 
     def p_supported(self) -> torch.Tensor:
         """The target's probability of each token that might have been drafted after the first 1, 2, ... K, [batch, K, m]."""
         support = torch.cat([self.support[:, 1:], torch.zeros_like(self.support[:, :1])], 1)
-        return self.log_p[self._rows(1)[..., None], support].exp()
+        return self.p.at(self._rows(1)[..., None], support)
 
     def q_supported(self) -> torch.Tensor:
         """The draft's probability of each token that might have been drafted after the first 1, 2, ... K, [batch, K, m]."""
@@ -82,8 +77,8 @@ class Block:
             weights.append((weights[-1] * ratio[:, position]).clamp(max=1.0))
         return torch.stack(weights, -1)
 
-    def residual(self, lengths: torch.Tensor, w: torch.Tensor | None = None) -> torch.Tensor:
-        """The part of w * p that q does not cover after the first `lengths` drafted tokens: max(0, w * p - q), [batch, vocab].
+    def residual(self, lengths: torch.Tensor, w: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The part of w * p that q does not cover after the first `lengths` drafted tokens: max(0, w * p - q).
 
         Where it is nothing, it is p: there nothing is ever rejected, but for rounding, and any draw from p is right. Past the
         draft's end q is nothing.
@@ -91,21 +86,17 @@ class Block:
         Args:
             lengths: [batch].
             w: [batch, 1], all 1 if None.
-        """
-        residual = self._p_after(lengths)
-        if self.q.shape[1]:
-            if w is not None:
-                residual *= w
-            support, q = self._q_after(lengths)
-            residual.scatter_add_(1, support, -q).clamp_(min=0.0)
-            is_left = residual.sum(-1, keepdim=True) > 0
-            if not bool(is_left.all()):
-                residual = torch.where(is_left, residual, self._p_after(lengths))
-        return residual
 
-    def _p_after(self, lengths: torch.Tensor) -> torch.Tensor:
-        """The target's distribution after the first `lengths` drafted tokens, [batch, vocab]."""
-        return self.log_p[self.first + lengths].exp_()
+        Returns:
+            tokens and their weights, both [batch, m].
+        """
+        tokens, p = self.p.candidates(self.first + lengths)
+        if self.q.shape[1] == 0:
+            return tokens, p
+        support, q = self._q_after(lengths)
+        dense = q.new_zeros(len(q), self.p.logits.shape[1]).scatter_add_(1, support, q)
+        residual = ((p if w is None else p * w) - dense.gather(1, tokens)).clamp_(min=0.0)
+        return tokens, torch.where(residual.sum(-1, keepdim=True) > 0, residual, p)
 
     def _q_after(self, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The draft's support and q after the first `lengths` drafted tokens, [batch, m]; q is 0 past the draft's end."""
@@ -115,9 +106,9 @@ class Block:
         return self.support.gather(1, place).squeeze(1), q
 
     def _rows(self, offset: int) -> torch.Tensor:
-        """Where in `log_p` the distributions at each drafted token stand, or `offset` tokens later, [batch, K]."""
-        place = torch.arange(offset, offset + self.tokens.shape[1], device=self.log_p.device)
-        return (self.first[:, None] + place).clamp(max=len(self.log_p) - 1)
+        """Where in `p` the distributions at each drafted token stand, or `offset` tokens later, [batch, K]."""
+        place = torch.arange(offset, offset + self.tokens.shape[1], device=self.first.device)
+        return (self.first[:, None] + place).clamp(max=len(self.p.logits) - 1)
 
 
 class Verifier(Protocol):
@@ -127,8 +118,8 @@ class Verifier(Protocol):
         """The probability of accepting at least 1, 2, ... K drafted tokens, [batch, K], never increasing; 0 in the padding."""
         ...
 
-    def emission(self, block: Block, lengths: torch.Tensor) -> torch.Tensor:
-        """Weights of the token that follows `lengths` accepted ones, [batch, vocab]; they need not sum to 1."""
+    def emission(self, block: Block, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens that may follow `lengths` accepted ones, and their weights, both [batch, m]; they need not sum to 1."""
         ...
 
 
@@ -145,7 +136,7 @@ class RejectionVerifier:
         ratio = (block.p_drafted() / q.clamp(min=torch.finfo(q.dtype).tiny)).clamp(max=1.0)
         return torch.where(q > 0, ratio, 0.0).cumprod(-1)
 
-    def emission(self, block: Block, lengths: torch.Tensor) -> torch.Tensor:
+    def emission(self, block: Block, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Verifier.emission`."""
         return block.residual(lengths)
 
@@ -169,7 +160,7 @@ class BlockVerifier:
         passes = passes * (torch.arange(w.shape[1], device=w.device) < block.k[:, None])
         return 1 - (1 - passes).flip(-1).cumprod(-1).flip(-1)
 
-    def emission(self, block: Block, lengths: torch.Tensor) -> torch.Tensor:
+    def emission(self, block: Block, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Verifier.emission`."""
         return block.residual(lengths, block.weights().gather(1, lengths[:, None]))
 
@@ -183,13 +174,13 @@ def verifier(name: VerifierName) -> Verifier:
     return BlockVerifier() if name == "block" else RejectionVerifier()
 
 
-def accept(sequences: list[Sequence], drafts: list[Draft], log_p: torch.Tensor) -> tuple[list[int], list[int]]:
+def accept(sequences: list[Sequence], drafts: list[Draft], p: Distributions) -> tuple[list[int], list[int]]:
     """Draws from the law of each sequence's verifier.
 
     Args:
         sequences: of which the batch is made.
         drafts: one for each.
-        log_p: [sum(k + 1), vocab], the target's log-probabilities at each drafted token and after the last one.
+        p: the target's distributions, sum(k + 1) of them, at each drafted token and after the last one.
 
     Returns:
         for each sequence the number of accepted tokens, and the token that follows them.
@@ -202,7 +193,7 @@ def accept(sequences: list[Sequence], drafts: list[Draft], log_p: torch.Tensor) 
         groups.setdefault(sequence.params.verifier, []).append(index)
     lengths, tokens = [0] * len(sequences), [0] * len(sequences)
     for name, members in groups.items():
-        block = Block.of([drafts[index] for index in members], log_p, [first[index] for index in members])
+        block = Block.of([drafts[index] for index in members], p, [first[index] for index in members])
         drawn = draw(verifier(name), block, [sequences[index] for index in members])
         for index, length, token in zip(members, *drawn, strict=True):
             lengths[index], tokens[index] = length, token
@@ -211,10 +202,22 @@ def accept(sequences: list[Sequence], drafts: list[Draft], log_p: torch.Tensor) 
 
 def draw(law: Verifier, block: Block, sequences: list[Sequence]) -> tuple[list[int], list[int]]:
     """Draws from one law for a batch; see `accept`."""
-    seeds = [sequence.seed for sequence in sequences]
-    positions = [len(sequence.tokens) for sequence in sequences]
-    u_length = uniforms(seeds, positions, Purpose.LENGTH, 1).to(block.log_p.device)
-    u_token = uniforms(seeds, positions, Purpose.TOKEN, 1).to(block.log_p.device)
+    u_length, u_token = (_uniforms(sequences, purpose).to(block.first.device) for purpose in (Purpose.LENGTH, Purpose.TOKEN))
     lengths = (u_length < law.reach(block)).sum(-1)
-    tokens = sample(law.emission(block, lengths), u_token.squeeze(-1))
-    return lengths.tolist(), tokens.tolist()
+    tokens, weights = law.emission(block, lengths)
+    return lengths.tolist(), tokens.gather(1, sample(weights, u_token.squeeze(-1))[:, None]).squeeze(-1).tolist()
+
+
+def _uniforms(sequences: list[Sequence], purpose: Purpose) -> torch.Tensor:
+    """One number for each sequence, [batch, 1]; 0 where distributions are one-hot and nothing depends on it."""
+    u = torch.zeros(len(sequences), 1, dtype=torch.float64)
+    if drawn := [number for number, sequence in enumerate(sequences) if sequence.params.is_sampled]:
+        u[drawn] = uniforms([sequences[n].seed for n in drawn], [len(sequences[n].tokens) for n in drawn], purpose, 1)
+    return u
+
+
+def _padded(parts: list[torch.Tensor], width: int) -> torch.Tensor:
+    """Puts parts of [k, m] together, [batch, K, width], with zeros in the padding."""
+    if any(part.shape[1] < width for part in parts):
+        parts = [torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts]
+    return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)

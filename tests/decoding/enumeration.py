@@ -16,9 +16,9 @@ import torch
 
 from specdecode.backends.backend import ModelBackend, Row
 from specdecode.decoding.constraints import Scored
+from specdecode.decoding.distributions import Distributions
 from specdecode.decoding.drafters import Drafter, NoDrafter
 from specdecode.decoding.loop import step
-from specdecode.decoding.sampling import log_probabilities
 from specdecode.decoding.sequence import Draft, Route, SamplingParams, Sequence
 from specdecode.decoding.verification import Block, Verifier
 
@@ -33,7 +33,7 @@ def target_law(target: ModelBackend, prompt: list[int], params: SamplingParams) 
     for _ in range(LENGTH):
         going_on = [tokens for tokens in law if not _is_finished(tokens, target, params)]
         rows = [Scored(_sequence(prompt, tokens, params), [], 1) for tokens in going_on]
-        p = _log_p(target, rows).exp().tolist() if rows else []
+        p = _distributions(target, rows).dense(torch.arange(len(rows))).tolist() if rows else []
         for tokens, row in zip(going_on, p, strict=True):
             chance = law.pop(tokens)
             for token, p_token in enumerate(row):
@@ -124,18 +124,19 @@ def _round_laws(
         edge = reach.new_ones(len(drafts), 1)
         exactly = torch.cat([edge, reach], 1) - torch.cat([reach, 0 * edge], 1)  # [drafts, K + 1]
         for length in range(exactly.shape[1]):
-            weights = verifier.emission(block, block.k.clamp(max=length))
+            tokens, weights = verifier.emission(block, block.k.clamp(max=length))
             share = chances * exactly[:, length]
-            joint = torch.where(share > 0, share / weights.sum(-1), 0.0)[:, None] * weights  # [drafts, vocab]
-            for number, token in joint.nonzero().tolist():
-                of_sequence[owners[number]][(*drafts[number].tokens[:length], token)] += float(joint[number, token])
+            joint = torch.where(share > 0, share / weights.sum(-1), 0.0)[:, None] * weights  # [drafts, m]
+            for number, place in joint.nonzero().tolist():
+                emitted = (*drafts[number].tokens[:length], int(tokens[number, place]))
+                of_sequence[owners[number]][emitted] += float(joint[number, place])
         laws.append(of_sequence)
     return laws
 
 
 def _block(target: ModelBackend, sequences: list[Sequence], drafts: list[Draft]) -> Block:
     scored = [Scored(s, draft.tokens, len(draft.tokens) + 1) for s, draft in zip(sequences, drafts, strict=True)]
-    return Block.of(drafts, _log_p(target, scored))
+    return Block.of(drafts, _distributions(target, scored))
 
 
 def _every_draft(drafter: Drafter, sequences: list[Sequence], num_choices: int) -> tuple[list[Draft], torch.Tensor, list[int]]:
@@ -144,7 +145,7 @@ def _every_draft(drafter: Drafter, sequences: list[Sequence], num_choices: int) 
     scripts = torch.tensor(list(product(range(num_choices), repeat=k)), dtype=torch.float64).reshape(num_choices**k, k)
     copies = [_sequence_like(sequence) for sequence in sequences for _ in scripts]
     with (
-        mock.patch("specdecode.decoding.drafters.uniforms", lambda *_: scripts.repeat(len(sequences), 1)),
+        mock.patch("specdecode.decoding.drafters._uniforms", lambda *_: scripts.repeat(len(sequences), 1)),
         mock.patch("specdecode.decoding.drafters.sample", _follow_script),
     ):
         proposed = drafter.propose(copies)
@@ -193,10 +194,10 @@ def _shared_noise(worlds: list[_World], split: list[_World], num_wanted: int) ->
     the others are added to `split`. Noise from position `num_wanted` on changes nothing that is emitted, and is not split.
     """
 
-    def choose(log_p: torch.Tensor, seeds: list[int], positions: list[int]) -> torch.Tensor:
-        cumulative = log_p.exp().cumsum(-1)
+    def choose(log_p: torch.Tensor, listed: torch.Tensor, seeds: list[int], positions: list[int]) -> torch.Tensor:
+        p_by_token = log_p.new_zeros(len(log_p), 1 + int(listed.max())).scatter_add(1, listed, log_p.exp())
         tokens = []
-        for row, p, seed, position in zip(cumulative.tolist(), log_p.exp().tolist(), seeds, positions, strict=True):
+        for row, p, seed, position in zip(p_by_token.cumsum(-1).tolist(), p_by_token.tolist(), seeds, positions, strict=True):
             world = worlds[seed]
             low, high = world.intervals.get(position, (0.0, 1.0))
             cuts = [cut for cut in row if low + 1e-13 < cut < high - 1e-13] if position < num_wanted else []
@@ -210,13 +211,13 @@ def _shared_noise(worlds: list[_World], split: list[_World], num_wanted: int) ->
             )
         return torch.tensor(tokens)
 
-    with mock.patch("specdecode.decoding.sampling.shared_choice", choose):
+    with mock.patch("specdecode.decoding.distributions.shared_choice", choose):
         yield
 
 
-def _log_p(target: ModelBackend, scored: list[Scored]) -> torch.Tensor:
+def _distributions(target: ModelBackend, scored: list[Scored]) -> Distributions:
     rows = [Row(str(number), part.tokens, part.num_scored) for number, part in enumerate(scored)]
-    return log_probabilities(target.logits(rows), scored, target.eos_token_ids)
+    return Distributions.of(target.logits(rows), scored, target.eos_token_ids)
 
 
 def _sequence(prompt: list[int], emitted: tuple[int, ...], params: SamplingParams, route: Route | None = None) -> Sequence:

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from specdecode.backends.table import TableModel, random_table
+from specdecode.decoding.constraints import Scored
+from specdecode.decoding.distributions import Distributions
 from specdecode.decoding.drafters import (
     ChainDrafter,
     ModelDrafter,
@@ -99,13 +101,13 @@ def model(support: int = 64, **options) -> ModelDrafter:
 
 # By the most tokens that any q may cover.
 DRAFTERS = {
-    "none": lambda support: NoDrafter(),
+    "none": lambda _: NoDrafter(),
     "model": model,
-    "model, one-token q": lambda support: model(1),
+    "model, one-token q": lambda _: model(1),
     "model, ends early": lambda support: model(support, min_confidence=0.3),
     "model, fewer tokens": lambda support: ModelDrafter(table(3, 5), SameVocabulary(3, 4), support=support),
     "other tokenizer": other_vocabulary,
-    "prompt lookup": lambda support: PromptLookupDrafter(max_ngram=2, min_ngram=1),
+    "prompt lookup": lambda _: PromptLookupDrafter(max_ngram=2, min_ngram=1),
     "lookup, then model": lambda support: ChainDrafter([PromptLookupDrafter(max_ngram=3, min_ngram=2), model(support)]),
     "routed": lambda support: RoutedDrafter({"other": NoDrafter(), "draft": model(support)}),
 }
@@ -134,7 +136,7 @@ def test_the_emitted_law_is_the_targets(name, k):
 
 class ResamplesFromTarget(RejectionVerifier):
     def emission(self, block, lengths):
-        return block.log_p[block.first + lengths].exp()
+        return block.p.candidates(block.first + lengths)
 
 
 class AcceptsByTargetAlone(RejectionVerifier):
@@ -217,6 +219,11 @@ def _blind(part):
     return replace(part, drafted=[part.sequence.tokens[0]] * len(part.drafted)) if part.drafted else part
 
 
+def distributions(log_p):
+    rows = [Scored(Sequence([0], SamplingParams(temperature=1.0)), [], 1)] * len(log_p)
+    return Distributions.of(log_p, rows, frozenset())
+
+
 def random_draft(k, *, vocab_size=5, seed=0):
     """A draft beside the target's log-probabilities at its positions, [k + 1, vocab]."""
     generator = torch.Generator().manual_seed(seed)
@@ -232,15 +239,17 @@ def random_draft(k, *, vocab_size=5, seed=0):
 @pytest.mark.parametrize("verifier", VERIFIERS, ids=lambda verifier: type(verifier).__name__)
 def test_the_law_of_a_ragged_batch_is_that_of_each_draft_alone(verifier):
     pairs = [random_draft(k, seed=k) for k in (2, 0, 4, 1)]
-    batch = Block.of([draft for draft, _ in pairs], torch.cat([log_p for _, log_p in pairs]))
+    batch = Block.of([draft for draft, _ in pairs], distributions(torch.cat([log_p for _, log_p in pairs])))
     for index, (draft, log_p) in enumerate(pairs):
-        k, alone = len(draft.tokens), Block.of([draft], log_p)
+        k, alone = len(draft.tokens), Block.of([draft], distributions(log_p))
         torch.testing.assert_close(verifier.reach(batch)[index, :k], verifier.reach(alone)[0])
         assert verifier.reach(batch)[index, k:].eq(0).all()
         for length in range(k + 1):
             lengths = torch.tensor([min(length, len(other.tokens)) for other, _ in pairs])
-            emission = verifier.emission(batch, lengths)[index]
-            torch.testing.assert_close(emission, verifier.emission(alone, torch.tensor([length]))[0])
+            tokens, weights = (column[index] for column in verifier.emission(batch, lengths))
+            alone_tokens, alone_weights = (column[0] for column in verifier.emission(alone, torch.tensor([length])))
+            assert torch.equal(tokens, alone_tokens)
+            torch.testing.assert_close(weights, alone_weights)
 
 
 def test_block_verification_accepts_no_less_than_rejection_and_sometimes_more():
@@ -257,13 +266,13 @@ def test_block_verification_accepts_no_less_than_rejection_and_sometimes_more():
 @pytest.mark.parametrize("verifier", VERIFIERS, ids=lambda verifier: type(verifier).__name__)
 def test_the_law_is_what_is_drawn_from(verifier):
     num_draws, (draft, log_p) = 20_000, random_draft(3)
-    block = Block.of([draft] * num_draws, log_p.repeat(num_draws, 1))
-    sequences = [Sequence([0] * (1 + seed % 7), SamplingParams(seed=seed), Route("draft", 3)) for seed in range(num_draws)]
+    block = Block.of([draft] * num_draws, distributions(log_p.repeat(num_draws, 1)))
+    sequences = [Sequence([0] * (1 + seed % 7), setting(seed=seed), Route("draft", 3)) for seed in range(num_draws)]
     counts = Counter(zip(*draw(verifier, block, sequences), strict=True))
     reach = [1.0, *verifier.reach(block)[0].tolist(), 0.0]
     for length in range(4):
-        emission = verifier.emission(block, torch.full((num_draws,), length))[0]
-        for token, share in enumerate((emission / emission.sum()).tolist()):
+        tokens, weights = (column[0] for column in verifier.emission(block, torch.full((num_draws,), length)))
+        for token, share in zip(tokens.tolist(), (weights / weights.sum()).tolist(), strict=True):
             chance = (reach[length] - reach[length + 1]) * share
             # Five standard deviations: with the 20 outcomes, true draws would fail for one seed in 80,000.
             bound = 5 * (chance * (1 - chance) / num_draws) ** 0.5

@@ -1,0 +1,202 @@
+"""Sampling parameters in, milliseconds out: what a round costs beside the models' forward passes.
+
+The models are tables of logits as wide as a real vocabulary, so that all else is as it is with real ones: constraints,
+penalties, temperature and cuts, random numbers, drafting token by token, verification, and the Python between.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from pydantic import Field
+
+from specdecode.backends.backend import ModelBackend, Row, create_backend
+from specdecode.config import StrictModel
+from specdecode.decoding.constraints import Scored, constrain
+from specdecode.decoding.distributions import Distributions
+from specdecode.decoding.drafters import ModelDrafter
+from specdecode.decoding.loop import as_drafter, step
+from specdecode.decoding.sequence import Route, SamplingParams
+from specdecode.decoding.sequence import Sequence as DecodedSequence
+from specdecode.decoding.verification import accept
+from specdecode.evaluation.prompts import load_prompts
+from specdecode.text import Tokenizer
+
+
+class OverheadConfig(StrictModel):
+    """What `specdecode overhead` measures."""
+
+    vocab_size: int = Field(default=152_064, gt=1, description="the width of the logits")
+    batch: int = Field(default=16, gt=0, description="how many sequences are decoded together")
+    K: int = Field(default=5, ge=0, description="tokens drafted in a round")
+    length: int = Field(default=1024, gt=0, description="tokens of each sequence, which penalties look at")
+    num_rounds: int = Field(default=15, gt=0, description="rounds measured, of which the median is taken")
+    target: str = Field(default="tiny/target", description="the target of the pair whose share is measured")
+    draft: str = Field(default="tiny/draft-code", description="its draft")
+    num_threads: int | None = Field(default=None, gt=0, description="CPU threads; torch's own choice if unset")
+
+
+_PENALTIES = {"repetition_penalty": 1.1, "presence_penalty": 0.3, "frequency_penalty": 0.2, "min_tokens": 4}
+SETTINGS = {
+    "greedy": {},
+    "greedy, all penalties": _PENALTIES,
+    "top-p, all penalties": {**_PENALTIES, "temperature": 1.0, "top_p": 0.95},
+    "top-p, top-k, min-p, all penalties": {**_PENALTIES, "temperature": 1.0, "top_p": 0.95, "top_k": 50, "min_p": 0.01},
+    "temperature, all penalties": {**_PENALTIES, "temperature": 1.0},
+    "top-p, all penalties, block": {**_PENALTIES, "temperature": 1.0, "top_p": 0.95, "verifier": "block"},
+    "top-p, all penalties, coupled": {**_PENALTIES, "temperature": 1.0, "top_p": 0.95, "verifier": "coupled"},
+}
+
+
+@dataclass(frozen=True)
+class OverheadRow:
+    """The median milliseconds of one setting's round without forward passes, and of its parts.
+
+    Attributes:
+        total_ms: the round.
+        draft_ms: drafting.
+        constrain_ms: constraints and penalties of the target's logits.
+        normalise_ms: temperature, cuts and normalisation of the target's logits.
+        accept_ms: verification and the token after it.
+        kept: how many tokens the cuts leave, on average.
+    """
+
+    setting: str
+    total_ms: float
+    draft_ms: float
+    constrain_ms: float
+    normalise_ms: float
+    accept_ms: float
+    kept: float
+
+
+@dataclass(frozen=True)
+class ShareRow:
+    """What a real pair's rounds take, and the part of it that is not in a forward pass."""
+
+    setting: str
+    batch: int
+    round_ms: float
+    other_ms: float
+
+
+def measure_overhead(config: OverheadConfig) -> Iterator[OverheadRow]:
+    """Yields a row for each setting."""
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    logits = zipf_logits(config.batch * (config.K + 1), config.vocab_size)
+    for setting, options in SETTINGS.items():
+        yield _measure(config, setting, SamplingParams(max_tokens=2 * config.length, seed=0, **options), logits)
+
+
+def measure_share(config: OverheadConfig) -> Iterator[ShareRow]:
+    """Yields what a real pair's rounds take, alone and as a batch, greedy and sampled."""
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    target, draft = (Timed(create_backend(name)) for name in (config.target, config.draft))
+    tokenizer = Tokenizer(config.target)
+    prompts = [prompt.encode(tokenizer) for prompt in load_prompts("code")]
+    drafter = as_drafter(draft, target)
+    for batch in (1, config.batch):
+        for setting in ("greedy", "greedy, all penalties", "top-p, all penalties"):
+            params = SamplingParams(max_tokens=10_000, seed=0, ignore_eos=True, **SETTINGS[setting])
+            sequences = [
+                DecodedSequence(prompts[number % len(prompts)], params, Route("draft", config.K)) for number in range(batch)
+            ]
+            rounds = [_round(lambda s=sequences: step(s, drafter, target), target, draft) for _ in range(2 + config.num_rounds)]
+            yield ShareRow(setting, batch, *(1000 * median(column[2:]) for column in zip(*rounds, strict=True)))
+
+
+class Timed:
+    """A backend that counts the seconds that its forward passes take."""
+
+    def __init__(self, backend: ModelBackend) -> None:
+        self.name = backend.name
+        self.vocab_size = backend.vocab_size
+        self.max_length = backend.max_length
+        self.eos_token_ids = backend.eos_token_ids
+        self.vocabulary_id = backend.vocabulary_id
+        self.total_s = 0.0
+        self._backend = backend
+
+    def logits(self, rows: Sequence[Row]) -> torch.Tensor:
+        """See `ModelBackend.logits`."""
+        started = time.perf_counter()
+        logits = self._backend.logits(rows)
+        self.total_s += time.perf_counter() - started
+        return logits
+
+
+class LogitsTable:
+    """A `ModelBackend` that returns given logits, [n, vocab], in turn, whatever the tokens."""
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        self.name = "table of logits"
+        self.vocab_size = logits.shape[1]
+        self.max_length = 1 << 20
+        self.eos_token_ids = frozenset({0})
+        self.vocabulary_id = f"{self.vocab_size} tokens"
+        self._logits = logits
+        self._room = logits.clone()  # memory that is taken already, as a model's own buffers are
+        self._next = 0
+
+    def logits(self, rows: Sequence[Row]) -> torch.Tensor:
+        """See `ModelBackend.logits`."""
+        count = sum(row.num_scored for row in rows)
+        start = self._next if self._next + count <= len(self._logits) else 0
+        self._next = start + count
+        return self._room[:count].copy_(self._logits[start : self._next])
+
+
+def zipf_logits(num_rows: int, vocab_size: int, exponent: float = 1.5) -> torch.Tensor:
+    """Logits, [num_rows, vocab_size], whose tokens are as likely as 1 / rank^exponent, in a random order."""
+    generator = torch.Generator().manual_seed(0)
+    ordered = -exponent * torch.arange(1, vocab_size + 1, dtype=torch.float64).log().float()
+    return torch.stack([ordered[torch.randperm(vocab_size, generator=generator)] for _ in range(num_rows)])
+
+
+def _measure(config: OverheadConfig, setting: str, params: SamplingParams, logits: torch.Tensor) -> OverheadRow:
+    target, draft = Timed(LogitsTable(logits)), Timed(LogitsTable(logits))
+    drafter = ModelDrafter(draft, eos_token_ids=frozenset())
+    generator = torch.Generator().manual_seed(1)
+    prompts = torch.randint(config.vocab_size, (config.batch, config.length), generator=generator).tolist()
+    times: dict[str, list[float]] = {name: [] for name in ("total", "draft", "constrain", "normalise", "accept")}
+    kept = 0.0
+    for _ in range(2 + config.num_rounds):  # of which the first two warm up
+        sequences = [
+            DecodedSequence(prompt, params, Route("draft", config.K), num_prompt_tokens=config.length // 2)
+            for prompt in prompts
+        ]
+        for sequence in sequences:
+            sequence.counts  # noqa: B018  a sequence that has been decoded for long has counted its tokens
+        times["total"].append(_round(lambda s=sequences: step(s, drafter, target), target, draft)[1])
+        started = time.perf_counter(), draft.total_s
+        drafts = drafter.propose(sequences)
+        times["draft"].append(time.perf_counter() - started[0] - (draft.total_s - started[1]))
+        scored = [Scored(s, guess.tokens, len(guess.tokens) + 1) for s, guess in zip(sequences, drafts, strict=True)]
+        rows = [Row(part.sequence.id, part.tokens, part.num_scored) for part in scored]
+        fresh = target.logits(rows)
+        times["constrain"].append(_seconds(lambda s=scored, z=fresh: constrain(z, s, target.eos_token_ids)))
+        fresh = target.logits(rows)
+        started = time.perf_counter()
+        p = Distributions.of(fresh, scored, target.eos_token_ids)
+        times["normalise"].append(time.perf_counter() - started - times["constrain"][-1])
+        times["accept"].append(_seconds(lambda s=sequences, d=drafts, p=p: accept(s, d, p)))
+        kept = float((p.dense(torch.arange(config.batch)) > 0).sum()) / config.batch
+    return OverheadRow(setting, *(1000 * median(values[2:]) for values in times.values()), kept)
+
+
+def _round(run: Callable[[], object], *models: Timed) -> tuple[float, float]:
+    """The seconds of a round, and those of it that are not in a model's forward pass."""
+    before, started = sum(model.total_s for model in models), time.perf_counter()
+    run()
+    elapsed = time.perf_counter() - started
+    return elapsed, elapsed - (sum(model.total_s for model in models) - before)
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
