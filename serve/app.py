@@ -6,12 +6,16 @@
 from ray import serve
 from ray.serve import Application
 
+from serve.channel import ModelTokens
 from serve.config import ServeConfig
 from serve.draft import DraftServer
+from serve.reader import Defaults
 from serve.router import Router
 from serve.target import TargetServer
+from specdecode.backends.loading import read_config
 from specdecode.decoding.sequence import Route
-from specdecode.text import Tokenizer, check_same_vocabulary
+from specdecode.text import Tokenizer
+from specdecode.vocabulary import translate
 
 # Calls beside the requests themselves, health checks and descriptions, that a replica must always have room for.
 _HEADROOM = 16
@@ -21,14 +25,14 @@ def build(config: ServeConfig) -> Application:
     """Wires a router to a target, and the target to its drafts, each a deployment of its own.
 
     Raises:
-        ModelError: a model has no tokenizer, or a draft has another one than the target.
+        ModelError: a model has no tokenizer, or the tokenizers of a draft and the target have too little in common.
     """
     check_vocabularies(config)
-    drafts = {name: draft for name, draft in config.drafts.items() if draft.placement == "deployment"}
+    drafts = {name: draft for name, draft in config.draft_models.items() if draft.is_deployed}
     handles = {
         name: serve.deployment(DraftServer)
         .options(**{"name": f"Draft-{name}", "max_ongoing_requests": 64, **draft.deployment.options()})
-        .bind(draft.model_config_only(), draft.support)
+        .bind(draft)
         for name, draft in drafts.items()
     }
     engine = config.target.engine
@@ -50,7 +54,7 @@ def build(config: ServeConfig) -> Application:
             config.model_name,
             config.target.model,
             list(config.drafts),
-            Route(config.default_draft, config.k) if config.default_draft else Route(),
+            Defaults(Route(config.default_draft, config.k) if config.default_draft else Route(), config.verifier),
             config.router,
             target,
         )
@@ -58,7 +62,11 @@ def build(config: ServeConfig) -> Application:
 
 
 def check_vocabularies(config: ServeConfig) -> None:
-    """Raises a `ModelError` unless every draft has the target's tokenizer."""
-    target = Tokenizer(config.target.model)
-    for draft in config.drafts.values():
-        check_same_vocabulary(Tokenizer(draft.model), target)
+    """Raises a `ModelError` unless every draft can be translated into the target's tokens; loads no weights."""
+    target = _tokens(config.target.model)
+    for draft in config.draft_models.values():
+        translate(_tokens(draft.model), target)
+
+
+def _tokens(model: str) -> ModelTokens:
+    return ModelTokens(model, Tokenizer(model).vocabulary_id, read_config(model).get_text_config().vocab_size)

@@ -6,16 +6,39 @@ A `Channel` carries the words; `RemoteDrafter` makes a `Drafter` of it, which fa
 import asyncio
 import logging
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
 from ray.serve.handle import DeploymentHandle
 
+from specdecode.backends.backend import ModelBackend
 from specdecode.decoding.sequence import Draft, Route, SamplingParams, Sequence
 
 logger = logging.getLogger("ray.serve")
+
+
+@dataclass(frozen=True)
+class ModelTokens:
+    """A model as far as its tokens go, which is all that a draft must know of its target.
+
+    Attributes:
+        name: the model, which is where its tokenizer is found.
+        vocabulary_id: a digest of what each token id means.
+        vocab_size: the width of its logits.
+        eos_token_ids: tokens that end a generation.
+    """
+
+    name: str
+    vocabulary_id: str
+    vocab_size: int
+    eos_token_ids: frozenset[int] = frozenset()
+
+    @staticmethod
+    def of(backend: ModelBackend) -> "ModelTokens":
+        """Those of an open model."""
+        return ModelTokens(backend.name, backend.vocabulary_id, backend.vocab_size, backend.eos_token_ids)
 
 
 @dataclass(frozen=True)
@@ -25,6 +48,7 @@ class Ask:
     Attributes:
         id: names the sequence; a draft that remembers it computes only what is new.
         tokens: int32 [n], the whole sequence.
+        num_prompt_tokens: how many of them were not generated.
         k: how many tokens are wanted.
         params: how the target samples, which q should resemble.
         seed: the seed of the sequence's random numbers.
@@ -32,6 +56,7 @@ class Ask:
 
     id: str
     tokens: np.ndarray
+    num_prompt_tokens: int
     k: int
     params: SamplingParams
     seed: int
@@ -40,12 +65,15 @@ class Ask:
     def of(sequence: Sequence) -> "Ask":
         """Puts what a draft must know of a sequence into words."""
         tokens = np.array(sequence.tokens, dtype=np.int32)
-        return Ask(sequence.id, tokens, sequence.num_wanted, sequence.params, sequence.seed)
+        return Ask(sequence.id, tokens, sequence.num_prompt_tokens, sequence.num_wanted, sequence.params, sequence.seed)
 
     def sequence(self) -> Sequence:
-        """The sequence as the draft sees it: all of it is prompt, and k tokens and one are still to come."""
-        params = replace(self.params, max_tokens=self.k + 1, seed=self.seed)
-        return Sequence(self.tokens.tolist(), params, Route(k=self.k), id=self.id)
+        """The sequence as the draft sees it."""
+        sequence = Sequence(
+            self.tokens.tolist(), self.params, Route(k=self.k), id=self.id, num_prompt_tokens=self.num_prompt_tokens
+        )
+        sequence.seed = self.seed  # drawn at random where the request names none
+        return sequence
 
 
 @dataclass(frozen=True)
@@ -70,8 +98,8 @@ class Guess:
 class Channel(Protocol):
     """A way to a draft."""
 
-    async def propose(self, asks: list[Ask], vocab_size: int) -> list[Guess]:
-        """Asks for drafts of tokens below `vocab_size`; raises whatever goes wrong."""
+    async def propose(self, asks: list[Ask], target: ModelTokens) -> list[Guess]:
+        """Asks for drafts in the target's tokens; raises whatever goes wrong."""
         ...
 
 
@@ -81,9 +109,9 @@ class HandleChannel:
     def __init__(self, handle: DeploymentHandle) -> None:
         self._propose = handle.options(method_name="propose")
 
-    async def propose(self, asks: list[Ask], vocab_size: int) -> list[Guess]:
+    async def propose(self, asks: list[Ask], target: ModelTokens) -> list[Guess]:
         """See `Channel.propose`."""
-        return await self._propose.remote(asks, vocab_size)
+        return await self._propose.remote(asks, target)
 
 
 class RemoteDrafter:
@@ -92,7 +120,7 @@ class RemoteDrafter:
     Args:
         name: what the draft is called in the log.
         channel: the way to it.
-        vocab_size: the target's; tokens from this one on are of no use.
+        target: the model that is drafted for.
         loop: the event loop that the channel lives on; `propose` is called from another thread.
         deadline_s: an answer that takes longer is not waited for.
         retry_after_s: how long nothing is asked after a failure.
@@ -102,7 +130,7 @@ class RemoteDrafter:
         self,
         name: str,
         channel: Channel,
-        vocab_size: int,
+        target: ModelTokens,
         loop: asyncio.AbstractEventLoop,
         *,
         deadline_s: float,
@@ -110,7 +138,7 @@ class RemoteDrafter:
     ) -> None:
         self._name = name
         self._channel = channel
-        self._vocab_size = vocab_size
+        self._target = target
         self._loop = loop
         self._deadline_s = deadline_s
         self._retry_after_s = retry_after_s
@@ -132,4 +160,4 @@ class RemoteDrafter:
             return [Draft.empty() for _ in sequences]
 
     async def _ask(self, asks: list[Ask]) -> list[Guess]:
-        return await asyncio.wait_for(self._channel.propose(asks, self._vocab_size), self._deadline_s)
+        return await asyncio.wait_for(self._channel.propose(asks, self._target), self._deadline_s)

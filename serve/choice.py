@@ -1,29 +1,17 @@
-"""One generation as text: rounds of ids in, pieces of text out."""
+"""One generation as text: a target's stream of rounds in, pieces of text out."""
 
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from dataclasses import dataclass
 from typing import Any
 
 from ray.exceptions import RayTaskError
 from ray.serve.handle import DeploymentHandle
 
 from serve.target import Generation
+from serve.transcript import Piece, Transcript, Wording
 from specdecode.decoding.metrics import DecodingMetrics
-from specdecode.decoding.sequence import FinishReason, Round
-from specdecode.text import StopStrings, Tokenizer
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What one round added to a choice's text; `accepted_text` is its beginning, which was drafted."""
-
-    index: int
-    text: str
-    accepted_text: str
-    finish_reason: FinishReason | None
-    round: Round
+from specdecode.text import Tokenizer
 
 
 class Choice:
@@ -33,54 +21,42 @@ class Choice:
         index: its number within the request.
         generate: the target's streaming method.
         generation: what to generate.
+        wording: what the text is to be.
         tokenizer: turns ids into text.
-        stop: strings before which the text ends.
     """
 
     def __init__(
-        self, index: int, generate: DeploymentHandle, generation: Generation, tokenizer: Tokenizer, stop: list[str]
+        self, index: int, generate: DeploymentHandle, generation: Generation, wording: Wording, tokenizer: Tokenizer
     ) -> None:
         self.index = index
         self.generation = generation
         self.metrics = DecodingMetrics()
-        self.text = ""
-        self.finish_reason: FinishReason | None = None
+        self.transcript = Transcript(tokenizer, wording)
         self._generate = generate
-        self._detokenizer = tokenizer.detokenizer()
-        self._stops = StopStrings(stop)
+        self._is_echoed = wording.echo is not None
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
-        """Yields a piece for each round; ends the generation when a stop string appears, or the caller leaves."""
+        """Yields the prompt if it is echoed, and a piece for each round; ends the generation when its text ends."""
         started = time.perf_counter()
         rounds = self._generate.remote(self.generation)
         try:
             async for round in rounds:
-                self.metrics.add(round, time.perf_counter() - started)
-                yield self._piece(round)
-                if self.finish_reason is not None:
+                if self._is_echoed and self.metrics.num_target_passes == 0:
+                    yield self.transcript.echo(self.generation.tokens, round.prompt_logprobs)
+                piece = self.transcript.add(round)
+                self.metrics.add(piece.round, time.perf_counter() - started)
+                yield piece
+                if piece.finish_reason is not None:
                     return
         except RayTaskError as error:
             raise error.cause from error  # what the target raised, and not how it travelled
         finally:
             rounds.cancel()
 
-    def _piece(self, round: Round) -> Piece:
-        accepted = self._feed(self._detokenizer.decode(round.tokens[: round.num_accepted]))
-        rest = self._feed(self._detokenizer.decode(round.tokens[round.num_accepted :]))
-        if round.finish_reason is not None:
-            rest += self._feed(self._detokenizer.flush())
-            rest += self._stops.flush()
-        self.text += accepted + rest
-        self.finish_reason = "stop" if self._stops.is_stopped else round.finish_reason
-        return Piece(self.index, accepted + rest, accepted, self.finish_reason, round)
 
-    def _feed(self, text: str) -> str:
-        return "" if self._stops.is_stopped else self._stops.feed(text)
-
-
-async def merge(choices: list[Choice]) -> AsyncIterator[Piece]:
+async def merge(choices: list[Choice]) -> AsyncIterator[tuple[Choice, Piece]]:
     """Yields the pieces of all choices as they come; the first error ends them all."""
-    ready: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue()
+    ready: asyncio.Queue[tuple[Choice, Piece] | BaseException | None] = asyncio.Queue()
     pumps = [asyncio.create_task(_pump(choice, ready)) for choice in choices]
     try:
         num_open = len(pumps)
@@ -102,7 +78,7 @@ async def _pump(choice: Choice, ready: "asyncio.Queue[Any]") -> None:
     pieces = choice.pieces()
     try:
         async for piece in pieces:
-            ready.put_nowait(piece)
+            ready.put_nowait((choice, piece))
         ready.put_nowait(None)
     except Exception as error:
         ready.put_nowait(error)

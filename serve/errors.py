@@ -17,6 +17,7 @@ from specdecode.errors import OverloadedError, RequestError
 logger = logging.getLogger("ray.serve")
 
 RETRY_AFTER_S = 1
+_HTTP_NAMES = {"bad_words_ids": "bad_words"}  # what the decoder calls otherwise than the request
 
 
 class UnknownModelError(RequestError):
@@ -29,7 +30,7 @@ def describe_error(error: Exception) -> tuple[int, ErrorBody]:
         case UnknownModelError():
             return 404, _body(str(error), "invalid_request_error", error.param, "model_not_found")
         case RequestError():
-            return 400, _body(str(error), "invalid_request_error", error.param)
+            return 400, _refusal(error)
         case RequestValidationError():
             return 400, _invalid_body(error)
         case StarletteHTTPException():
@@ -87,13 +88,23 @@ class BodyLimit:
 
 def _invalid_body(error: RequestValidationError) -> ErrorBody:
     first = error.errors()[0]
+    if isinstance(cause := first.get("ctx", {}).get("error"), RequestError):  # a check of several fields names one itself
+        return _refusal(cause)
     # pydantic names the member of a union, such as list[str], as if it were a field.
     path = [str(part) for part in first["loc"] if part not in ("body", "str") and "[" not in str(part)]
     if first["type"] == "json_invalid":
         return _body(f"the request's body is not valid JSON: {first['ctx']['error']}", "invalid_request_error")
     expected = {"extra_forbidden": "unknown field", "missing": "missing"}.get(first["type"], first["msg"])
+    expected = expected.removeprefix("Value error, ")
     got = "" if first["type"] == "missing" else f", got {_shorten(first['input'])}"
     return _body(f"{'.'.join(path) or 'body'}: {expected}{got}", "invalid_request_error", ".".join(path) or None)
+
+
+def _refusal(error: RequestError) -> ErrorBody:
+    message, param = str(error), error.param
+    for name, http_name in _HTTP_NAMES.items():
+        message, param = message.replace(name, http_name), http_name if param == name else param
+    return _body(message, "invalid_request_error", param)
 
 
 def _body(message: str, type: str, param: str | None = None, code: str | None = None) -> ErrorBody:

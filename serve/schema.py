@@ -1,23 +1,33 @@
-"""OpenAI's requests and responses, with one field of our own in each: `speculative_decoding`.
+"""OpenAI's requests and responses, with one field of our own in each, `speculative_decoding`, and some of vLLM's.
 
 Knows shapes and ranges; neither tokens nor models.
 """
 
-import time
-import uuid
-from collections.abc import Sequence
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from specdecode.decoding.sequence import VerifierName
+from specdecode.errors import RequestError
 
 NO_DRAFT = "none"
+MAX_LOGPROBS = 20
+MAX_BAD_WORDS = 100
 
-
-_Zero = Annotated[float, Field(ge=0, le=0)]
+_NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
+_Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
 class _Request(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_default(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if value is not None or name not in cls.model_fields}
 
 
 class StreamOptions(_Request):
@@ -31,6 +41,7 @@ class SpeculativeOptions(_Request):
 
     draft: str | None = Field(default=None, description="a draft's name, or none; the server's default if unset")
     K: int | None = Field(default=None, ge=0, description="how many tokens to draft in a round; 0 turns drafting off")
+    verifier: VerifierName | None = Field(default=None, description="how drafts are accepted; the server's default if unset")
     rounds: bool = Field(default=False, description="in a stream, say in each chunk how much of its text was drafted")
 
 
@@ -38,49 +49,83 @@ class GenerationRequest(_Request):
     """What `/v1/completions` and `/v1/chat/completions` have in common."""
 
     model: str
-    temperature: Annotated[float, Field(ge=0)] | None = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
-    top_k: Annotated[int, Field(ge=-1)] | None = 0
-    n: Annotated[int, Field(ge=1)] | None = 1
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    temperature: float = Field(default=1.0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=-1, description="0 or -1 keeps all")
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    repetition_penalty: float = Field(default=1.0, gt=0)
+    presence_penalty: _Penalty = 0.0
+    frequency_penalty: _Penalty = 0.0
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = Field(default_factory=dict, description="by token id")
+    allowed_token_ids: list[int] | None = Field(default=None, min_length=1)
+    bad_words: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list, max_length=MAX_BAD_WORDS)
+    n: int = Field(default=1, ge=1)
+    min_tokens: int = Field(default=0, ge=0)
+    max_tokens: int | None = Field(default=None, ge=1)
+    stop: str | list[str] = Field(default_factory=list)
+    stop_token_ids: list[int] = Field(default_factory=list)
     ignore_eos: bool = False
-    seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
-    stream: bool | None = False
-    stream_options: StreamOptions | None = None
+    seed: int | None = Field(default=None, ge=0, lt=2**64)
+    prompt_logprobs: _NumLogprobs | None = None
+    stream: bool = False
+    stream_options: StreamOptions = Field(default_factory=StreamOptions)
     user: str | None = None
-    presence_penalty: _Zero | None = Field(default=None, description="only 0 is supported")
-    frequency_penalty: _Zero | None = Field(default=None, description="only 0 is supported")
     speculative_decoding: SpeculativeOptions = Field(default_factory=SpeculativeOptions)
-
-    @field_validator("temperature", "top_p", "n", mode="after")
-    @classmethod
-    def _null_is_default(cls, value: float | None) -> float:
-        return 1 if value is None else value
 
     @field_validator("stop", mode="after")
     @classmethod
-    def _stop_strings(cls, value: str | list[str] | None) -> list[str]:
-        stops = [value] if isinstance(value, str) else value or []
-        if not all(stops):
+    def _stops_are_not_empty(cls, value: str | list[str]) -> str | list[str]:
+        if not all([value] if isinstance(value, str) else value):
             raise ValueError("a stop string must not be empty")
-        return stops
+        return value
+
+    @field_validator("logit_bias", mode="after")
+    @classmethod
+    def _keys_are_token_ids(cls, value: dict[str, float]) -> dict[str, float]:
+        for key in value:
+            if not re.fullmatch("-?[0-9]{1,18}", key):
+                raise ValueError(f"expected token ids as keys, got {key[:40]!r}")
+        return value
 
     @property
     def stop_strings(self) -> list[str]:
         """The strings before which the text ends."""
-        assert not isinstance(self.stop, str)
-        return self.stop or []
+        return [self.stop] if isinstance(self.stop, str) else self.stop
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many of the most likely tokens are reported at each generated one's place; None for not even its own."""
+        raise NotImplementedError
+
+    @property
+    def is_echoed(self) -> bool:
+        """Whether the prompt stands in front of the answer."""
+        return False
 
 
 class CompletionRequest(GenerationRequest):
     """The body of `/v1/completions`."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
-    max_tokens: Annotated[int, Field(ge=1)] | None = 16
-    logprobs: None = Field(default=None, description="not supported")
-    echo: Literal[False] | None = Field(default=None, description="not supported")
+    max_tokens: int = Field(default=16, ge=0)
+    logprobs: _NumLogprobs | None = None
+    echo: bool = False
+
+    @model_validator(mode="after")
+    def _check_max_tokens(self) -> "CompletionRequest":
+        if self.max_tokens == 0 and not self.echo:
+            raise RequestError("max_tokens: expected at least 1, or 0 together with echo, got 0", "max_tokens")
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """See `GenerationRequest.num_logprobs`."""
+        return self.logprobs
+
+    @property
+    def is_echoed(self) -> bool:
+        """See `GenerationRequest.is_echoed`."""
+        return self.echo
 
 
 class TextPart(_Request):
@@ -107,8 +152,20 @@ class ChatRequest(GenerationRequest):
     """The body of `/v1/chat/completions`."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    logprobs: Literal[False] | None = Field(default=None, description="only false is supported")
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool = False
+    top_logprobs: _NumLogprobs | None = None
+
+    @model_validator(mode="after")
+    def _check_top_logprobs(self) -> "ChatRequest":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise RequestError("top_logprobs: expected logprobs to be true beside it", "top_logprobs")
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """See `GenerationRequest.num_logprobs`."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 class Usage(BaseModel):
@@ -124,6 +181,7 @@ class SpeculativeFigures(BaseModel):
 
     draft: str | None
     K: int
+    verifier: str
     num_drafts: int
     num_draft_tokens: int
     num_accepted_tokens: int
@@ -175,62 +233,3 @@ class ErrorBody(BaseModel):
     """The body of every answer that is an error."""
 
     error: ErrorDetail
-
-
-class Envelope:
-    """Makes the bodies of one answer: all of them carry the same id, time and model.
-
-    Args:
-        kind: "chat" or "text", for the two endpoints.
-        model: the model's name.
-    """
-
-    def __init__(self, kind: Literal["chat", "text"], model: str) -> None:
-        self._is_chat = kind == "chat"
-        self._head = {
-            "id": f"{'chatcmpl' if self._is_chat else 'cmpl'}-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": model,
-        }
-
-    def whole(self, choices: Sequence[tuple[str, str | None]], usage: Usage, figures: SpeculativeFigures) -> dict[str, Any]:
-        """The body of an answer in one piece; `choices` are texts and finish reasons."""
-        return {
-            **self._head,
-            "object": "chat.completion" if self._is_chat else "text_completion",
-            "choices": [self._choice(index, *choice) for index, choice in enumerate(choices)],
-            "usage": usage.model_dump(),
-            "speculative_decoding": figures.model_dump(),
-        }
-
-    def opening(self, index: int) -> dict[str, Any] | None:
-        """The first chunk of a choice, which names the speaker in a chat."""
-        return self._chunk([self._delta(index, {"role": "assistant", "content": ""}, None)]) if self._is_chat else None
-
-    def chunk(self, index: int, text: str, finish_reason: str | None, extension: dict[str, Any]) -> dict[str, Any]:
-        """A chunk with a piece of a choice's text, and what it says of speculation."""
-        if self._is_chat:
-            choice = self._delta(index, {"content": text} if text else {}, finish_reason)
-        else:
-            choice = self._choice(index, text, finish_reason)
-        extra = {"speculative_decoding": extension} if extension else {}
-        return {**self._chunk([choice]), **extra}
-
-    def closing(self, usage: Usage) -> dict[str, Any]:
-        """The chunk that holds the usage of a stream."""
-        return {**self._chunk([]), "usage": usage.model_dump()}
-
-    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            **self._head,
-            "object": "chat.completion.chunk" if self._is_chat else "text_completion",
-            "choices": choices,
-        }
-
-    def _choice(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
-        content = {"message": {"role": "assistant", "content": text}} if self._is_chat else {"text": text}
-        return {"index": index, **content, "logprobs": None, "finish_reason": finish_reason}
-
-    @staticmethod
-    def _delta(index: int, delta: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
-        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 from ray.serve.handle import DeploymentHandle
 
-from serve.channel import HandleChannel, RemoteDrafter
-from serve.config import LOCAL, DraftConfig, TargetConfig
+from serve.channel import HandleChannel, ModelTokens, RemoteDrafter
+from serve.config import DraftConfig, DraftModelConfig, NgramConfig, TargetConfig
+from serve.draft import model_drafter
 from specdecode.backends.backend import open_model
-from specdecode.decoding.drafters import Drafter, ModelDrafter, RoutedDrafter
+from specdecode.decoding.drafters import ChainDrafter, Drafter, PromptLookupDrafter, RoutedDrafter
 from specdecode.decoding.engine import Engine
 from specdecode.decoding.sequence import Round, Route, SamplingParams, Sequence
 
@@ -42,7 +43,7 @@ class TargetServer:
     Args:
         config: the model and the engine's limits.
         drafts: every draft by name.
-        handles: the deployments of those that are not local.
+        handles: the deployments of those that have one.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
@@ -53,14 +54,20 @@ class TargetServer:
         self._worker = EngineThread(Engine(self._backend, RoutedDrafter(drafters), config.engine))
 
     def _drafter(self, name: str, draft: DraftConfig, handles: dict[str, DeploymentHandle]) -> Drafter:
-        vocab_size = self._backend.vocab_size
-        if draft.placement == LOCAL:
-            backend = open_model(draft.model_config_only())
-            return ModelDrafter(backend, support=draft.support, vocab_size=min(backend.vocab_size, vocab_size))
+        lookup = PromptLookupDrafter(draft.prompt_lookup_max, draft.prompt_lookup_min)
+        if isinstance(draft, NgramConfig):
+            return lookup
+        model = self._model_drafter(name, draft, handles)
+        return ChainDrafter([lookup, model]) if draft.lookup_first else model
+
+    def _model_drafter(self, name: str, draft: DraftModelConfig, handles: dict[str, DeploymentHandle]) -> Drafter:
+        target = ModelTokens.of(self._backend)
+        if not draft.is_deployed:
+            return model_drafter(open_model(draft.model_config_only()), draft, target)
         return RemoteDrafter(
             name,
             HandleChannel(handles[name]),
-            vocab_size,
+            target,
             asyncio.get_running_loop(),
             deadline_s=draft.deadline_s,
             retry_after_s=draft.retry_after_s,

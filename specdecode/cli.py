@@ -8,12 +8,22 @@ from collections.abc import Sequence as Arguments
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from specdecode.config import StrictModel, check_config, load_config, read_yaml
+from specdecode.config import StrictModel, check_config, load_config, read_yaml, with_overrides
 from specdecode.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from specdecode.decoding.metrics import DecodingMetrics
+    from specdecode.decoding.sequence import SamplingParams
+    from specdecode.text import Tokenizer
+
+VerifierName = Literal["rejection", "block", "coupled"]  # of decoding.sequence, which takes seconds to import
+_FLAG: dict[str, Any] = {"action": "store_true", "default": None}
 
 
 class GenerateConfig(StrictModel):
@@ -21,15 +31,30 @@ class GenerateConfig(StrictModel):
 
     model: str = Field(description="the target: a Hugging Face name, a checkpoint folder, or an embedded model")
     draft: str | None = Field(default=None, description="the draft model; plain decoding if unset")
+    lookup: bool = Field(default=False, description="guess by prompt lookup first, by the draft where it finds nothing")
     prompt: str = Field(description="the text to continue, or the message to answer with --chat")
     chat: bool = Field(default=False, description="treat the prompt as a user's message")
     max_tokens: int = 128
     K: int = 5
+    adaptive: bool = Field(default=False, description="draft at the most K tokens, as many as pay")
+    min_confidence: float = Field(default=0.0, ge=0, le=1, description="a draft ends where its own probability falls below")
+    n: int = Field(default=1, ge=1, description="how many answers to generate")
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = Field(default_factory=dict)
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] = Field(default_factory=list, description="texts that are never generated")
+    stop: list[str] = Field(default_factory=list, description="the answer ends before these texts")
+    stop_token_ids: list[int] = Field(default_factory=list)
+    min_tokens: int = 0
+    ignore_eos: bool = False
     seed: int | None = None
-    verifier: Literal["rejection", "block"] = "rejection"
+    verifier: VerifierName = "rejection"
     dtype: str = "auto"
     device: str = "auto"
 
@@ -56,17 +81,38 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--config", help="a YAML file with these options as keys")
     generate.add_argument("--model", help="the target: a Hugging Face name, a checkpoint folder, or tiny/target")
     generate.add_argument("--draft", help="the draft model; plain decoding without it")
+    generate.add_argument("--lookup", **_FLAG, help="guess by prompt lookup first, by the draft where it finds nothing")
     generate.add_argument("--prompt", help="the text to continue")
-    generate.add_argument("--chat", action="store_true", default=None, help="treat the prompt as a user's message")
+    generate.add_argument("--chat", **_FLAG, help="treat the prompt as a user's message")
     generate.add_argument("--max-tokens", type=int, help="generate at the most so many tokens (default 128)")
     generate.add_argument("--K", type=int, help="how many tokens to draft in a round (default 5)")
+    generate.add_argument("--adaptive", **_FLAG, help="draft at the most K tokens, as many as pay")
+    generate.add_argument("--min-confidence", type=float, help="a draft ends where its own probability falls below (default 0)")
+    generate.add_argument("--n", type=int, help="how many answers to generate (default 1)")
     generate.add_argument("--temperature", type=float, help="0 takes the most likely token (default 0)")
     generate.add_argument("--top-p", type=float, help="keep the most likely tokens up to this probability (default 1)")
     generate.add_argument("--top-k", type=int, help="keep so many most likely tokens; 0 keeps all (default 0)")
+    generate.add_argument("--min-p", type=float, help="keep tokens with this share of the largest probability (default 0)")
+    generate.add_argument("--repetition-penalty", type=float, help="above 1, makes tokens that are there rarer (default 1)")
+    generate.add_argument("--presence-penalty", type=float, help="makes tokens of the answer rarer (default 0)")
+    generate.add_argument("--frequency-penalty", type=float, help="the same, for each time they are there (default 0)")
+    generate.add_argument("--bad-words", action="append", metavar="TEXT", help="never generate this text; may be repeated")
+    generate.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
+    generate.add_argument("--min-tokens", type=int, help="generate at least so many tokens (default 0)")
+    generate.add_argument("--ignore-eos", **_FLAG, help="go on after the model's end token")
     generate.add_argument("--seed", type=int, help="makes sampling repeatable")
-    generate.add_argument("--verifier", help="how drafted tokens are accepted: rejection or block (default rejection)")
+    generate.add_argument("--verifier", help="how drafted tokens are accepted: rejection, block or coupled (default rejection)")
     generate.add_argument("--dtype", help="auto, float32, bfloat16 or float16 (default auto)")
     generate.add_argument("--device", help="auto, cpu, cuda or cuda:N (default auto)")
+
+    config = commands.add_parser("config", help="check a Serve config file, and print it whole with the memory it takes")
+    config.set_defaults(run=_config)
+    config.add_argument("file", help="such as configs/tiny/serve.yaml")
+
+    overhead = commands.add_parser("overhead", help="measure what a round costs beside the models' forward passes")
+    overhead.set_defaults(run=_overhead)
+    overhead.add_argument("--config", help="a YAML file")
+    overhead.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as vocab_size=32000 or batch=1")
 
     benchmark = commands.add_parser("benchmark", help="compare drafts with plain decoding, prompt by prompt in turns")
     benchmark.set_defaults(run=_benchmark)
@@ -89,52 +135,116 @@ def _parser() -> argparse.ArgumentParser:
 
 def _generate(parsed: argparse.Namespace) -> None:
     from specdecode.backends.backend import create_backend  # torch and transformers take seconds to import
-    from specdecode.decoding.engine import Engine, EngineConfig
-    from specdecode.decoding.loop import as_drafter
+    from specdecode.decoding.control import AdaptiveLength
+    from specdecode.decoding.drafters import ChainDrafter, PromptLookupDrafter
+    from specdecode.decoding.loop import as_drafter, generate
     from specdecode.decoding.metrics import DecodingMetrics
-    from specdecode.decoding.sequence import Route, SamplingParams, Sequence
-    from specdecode.text import Tokenizer
+    from specdecode.decoding.sequence import Route, Sequence
+    from specdecode.text import StopStrings, Tokenizer
 
     config = _generate_config(parsed)
-    params = SamplingParams(
-        temperature=config.temperature,
-        top_p=config.top_p,
-        top_k=config.top_k,
-        max_tokens=config.max_tokens,
-        seed=config.seed,
-    )
-    route = Route("draft", config.K)
     tokenizer = Tokenizer(config.model)
+    params = _sampling_params(config, tokenizer)
     message = [{"role": "user", "content": config.prompt}]
-    sequence = Sequence(tokenizer.encode_chat(message) if config.chat else tokenizer.encode(config.prompt), params, route)
+    prompt = tokenizer.encode_chat(message) if config.chat else tokenizer.encode(config.prompt)
     target = create_backend(config.model, config.dtype, config.device)
     draft = create_backend(config.draft, config.dtype, config.device) if config.draft else None
-    engine = Engine(target, as_drafter(draft, target), EngineConfig(verifier=config.verifier))
-    engine.submit(sequence)
-    detokenizer, metrics, started = tokenizer.detokenizer(), DecodingMetrics(), time.perf_counter()
-    for _, round in engine.run():
-        metrics.add(round, time.perf_counter() - started)
-        print(detokenizer.decode(round.tokens), end="", flush=True)
-    print(detokenizer.flush())
-    print(
+    drafter = as_drafter(draft, target, min_confidence=config.min_confidence)
+    if config.lookup:
+        drafter = ChainDrafter([PromptLookupDrafter(), drafter])
+    for number, choice in enumerate(params.choices(config.n)):
+        sequence = Sequence(prompt, choice, Route("draft", config.K))
+        detokenizer, stops = tokenizer.detokenizer(), StopStrings(config.stop)
+        metrics, started = DecodingMetrics(), time.perf_counter()
+        if config.n > 1:
+            print(f"--- {number + 1} of {config.n}")
+        for ((_, round),) in generate([sequence], drafter, target, AdaptiveLength() if config.adaptive else None):
+            metrics.add(round, time.perf_counter() - started)
+            text = detokenizer.decode(round.tokens)
+            print(stops.feed(text) if metrics.num_generated > config.min_tokens else text, end="", flush=True)
+            if stops.is_stopped:
+                break
+        print("" if stops.is_stopped else stops.feed(detokenizer.flush()) + stops.flush())
+        print(_figures(metrics), file=sys.stderr)
+
+
+def _sampling_params(config: GenerateConfig, tokenizer: "Tokenizer") -> "SamplingParams":
+    from specdecode.decoding.sequence import SamplingParams
+
+    names = GenerateConfig.model_fields.keys() & SamplingParams.__dataclass_fields__.keys()
+    options = {name: getattr(config, name) for name in names}
+    return SamplingParams(**options, bad_words_ids=tuple(tokenizer.spellings(config.bad_words)))
+
+
+def _figures(metrics: "DecodingMetrics") -> str:
+    return (
         f"[{metrics.num_generated} tokens in {metrics.total_time_s:.2f} s, {metrics.tokens_per_second:.1f} tok/s, "
         f"first after {metrics.time_to_first_token_s:.3f} s; {metrics.num_target_passes} target passes, "
         f"{metrics.tokens_per_target_pass:.2f} tokens each; acceptance {metrics.acceptance_rate:.2f} "
-        f"({metrics.num_accepted} of {metrics.num_drafted} drafted)]",
-        file=sys.stderr,
+        f"({metrics.num_accepted} of {metrics.num_drafted} drafted)]"
     )
 
 
 def _generate_config(parsed: argparse.Namespace) -> GenerateConfig:
     """The options, over the file's keys if there is one."""
     values = read_yaml(parsed.config) if parsed.config else {}
-    given = {name: getattr(parsed, name) for name in GenerateConfig.model_fields}
+    given = {name: getattr(parsed, name, None) for name in GenerateConfig.model_fields}  # some only the file has
     values.update({name: value for name, value in given.items() if value is not None})
     return check_config(values, GenerateConfig, where=parsed.config or "generate")
 
 
-def _benchmark(parsed: argparse.Namespace) -> None:
+def _config(parsed: argparse.Namespace) -> None:
+    import yaml
+
+    from serve.config import DeployedModel
+    from serve.local import load_deployment
+    from specdecode.backends.memory import estimate_memory
+
+    config = load_deployment(parsed.file).config
+    print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True), end="")
+    for name, model in {"target": config.target, **config.drafts}.items():
+        if isinstance(model, DeployedModel):
+            print(f"# {name}: {estimate_memory(model.model_config_only()).describe()}")
+
+
+def _overhead(parsed: argparse.Namespace) -> None:
+    from rich.table import Table
+
+    from specdecode.evaluation.overhead import OverheadConfig, measure_overhead, measure_prefix_reuse, measure_share
+
+    config = load_config(parsed.config, OverheadConfig, parsed.set) if parsed.config else None
+    if config is None:
+        config = check_config(with_overrides({}, parsed.set), OverheadConfig, where="overhead")
+    title = f"batch {config.batch}, K {config.K}, vocabulary {config.vocab_size}: median ms of a round without forward passes"
+    table = Table(title=title, box=None)
+    for heading in ("setting", "round", "drafting", "constraints", "distributions", "acceptance", "tokens kept"):
+        table.add_column(heading, justify="left" if heading == "setting" else "right")
+    for row in measure_overhead(config):
+        times = (row.total_ms, row.draft_ms, row.constrain_ms, row.normalise_ms, row.accept_ms)
+        table.add_row(row.setting, *(f"{value:.1f}" for value in times), f"{row.kept:.0f}")
+    share = Table(title=f"{config.target} with {config.draft}: median ms of a round", box=None)
+    for heading in ("setting", "batch", "round", "not in a forward pass", "share"):
+        share.add_column(heading, justify="left" if heading == "setting" else "right")
+    for part in measure_share(config):
+        percent = f"{part.other_ms / part.round_ms:.1%}"
+        share.add_row(part.setting, str(part.batch), f"{part.round_ms:.2f}", f"{part.other_ms:.2f}", percent)
+    prefix = Table(title=f"{config.target}: time to the first token after a prompt of 1024 tokens", box=None)
+    for heading in ("shared with a request before", "computed", "ms"):
+        prefix.add_column(heading, justify="right")
+    for reuse in measure_prefix_reuse(config):
+        prefix.add_row(str(reuse.num_shared), str(reuse.num_computed), f"{reuse.ttft_ms:.1f}")
+    _print_tables(table, share, prefix)
+
+
+def _print_tables(*tables: "Table") -> None:
     from rich.console import Console
+
+    console = Console(width=120 if not sys.stdout.isatty() else None)
+    for table in tables:
+        console.print(table)
+
+
+def _benchmark(parsed: argparse.Namespace) -> None:
     from rich.table import Table
 
     from specdecode.evaluation.speed import SpeedConfig, measure_speed, summarise
@@ -146,13 +256,17 @@ def _benchmark(parsed: argparse.Namespace) -> None:
             if file:
                 print(json.dumps(asdict(record)), file=file, flush=True)
     table = Table(box=None)
-    for heading in ("domain", "draft", "acceptance", "tokens/pass", "tok/s", "speed-up", "draft ms", "verify ms", "different"):
-        table.add_column(heading, justify="left" if heading in ("domain", "draft") else "right", no_wrap=True)
+    left = ("domain", "draft", "verifier")
+    right = ("acceptance", "tokens/draft", "tokens/pass", "tok/s", "speed-up", "draft ms", "verify ms", "different")
+    for heading in left + right:
+        table.add_column(heading, justify="left" if heading in left else "right", no_wrap=True)
     for row in summarise(records):
         table.add_row(
             row.domain,
             row.draft,
+            row.verifier,
             f"{row.acceptance_rate:.3f}",
+            f"{row.tokens_per_draft:.2f} ±{row.tokens_per_draft_error:.2f}",
             f"{row.tokens_per_target_pass:.2f}",
             f"{row.tokens_per_second:.1f}",
             f"{row.speed_up:.2f}x",
@@ -160,7 +274,7 @@ def _benchmark(parsed: argparse.Namespace) -> None:
             f"{row.verify_ms:.2f}",
             str(row.num_different),
         )
-    Console(width=120 if not sys.stdout.isatty() else None).print(table)
+    _print_tables(table)
 
 
 def _serve(parsed: argparse.Namespace) -> None:

@@ -37,10 +37,14 @@ def load_config(path: str | Path, model: type[Model], overrides: Iterable[str] =
         ConfigError: the file is missing or no YAML mapping, or a key is unknown, missing or of the wrong type. The message
             is one line with the file, the key, the value and what was expected.
     """
-    values = read_yaml(path)
+    return check_config(with_overrides(read_yaml(path), overrides), model, where=str(path))
+
+
+def with_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Applies overrides such as `"training.seed=1"` to `values`, in place, and returns them."""
     for override in overrides:
         _apply_override(values, override)
-    return check_config(values, model, where=str(path))
+    return values
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

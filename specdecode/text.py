@@ -63,6 +63,15 @@ class Tokenizer:
         """Turns a raw prompt into ids, with the special tokens that the model expects around it."""
         return self._tokenizer(text)["input_ids"]
 
+    def encode_part(self, text: str) -> list[int]:
+        """Turns a part of a text into ids, with nothing around it."""
+        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def spellings(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
+        """Turns texts into ids, each as it is at a text's start and as it is after a space, as vLLM does with its bad words."""
+        spelled = (self.encode_part(space + text.lstrip(" ")) for text in texts for space in ("", " "))
+        return [tuple(ids) for ids in dict.fromkeys(map(tuple, spelled)) if ids]
+
     def encode_chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
         """Turns messages, each with a role and a content, into the ids of a prompt for the assistant's answer.
 

@@ -27,6 +27,7 @@ MODELS: dict[str, type[BaseModel]] = {
     "tiny/pretrain_target.yaml": TargetTrainingConfig,
     "tiny/tokenizer.yaml": TokenizerConfig,
     "tiny/train_release.yaml": ReleaseConfig,
+    "tiny/verifiers.yaml": SpeedConfig,
 }
 SERVE_FILES = ("serve.yaml", "tiny/serve.yaml")
 

@@ -8,6 +8,7 @@ all needs it, once more for their sum.
 from collections.abc import Sequence as Several
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from specdecode.decoding.constraints import Scored, constrain
@@ -31,7 +32,7 @@ class Distributions:
         logits: [n, vocab], constrained.
         largest, temperature, log_sum, floor: [n, 1].
         choice: [n], the only token of a row that is one-hot, -1 in others.
-        tokens, log_p: [n, m], the most likely tokens and their log-probabilities, some -inf.
+        tokens, p: [n, m], the most likely tokens and their probabilities, some 0.
         is_listed: [n], whether there are no others.
     """
 
@@ -42,7 +43,7 @@ class Distributions:
     floor: torch.Tensor
     choice: torch.Tensor
     tokens: torch.Tensor
-    log_p: torch.Tensor
+    p: torch.Tensor
     is_listed: torch.Tensor
 
     @staticmethod
@@ -61,10 +62,10 @@ class Distributions:
             return _greedy(logits, maxima, best)
         cuts = Cuts.of([sequence.params for sequence, _ in rows], logits)
         values, tokens = largest(logits, min(_NUM_LISTED, logits.shape[1]))
-        log_sum, floor, is_listed = _cut(logits, values, maxima, best, cuts)
-        limits = [column[:, None] for column in (maxima, cuts.temperature, log_sum, floor)]
+        p, log_sum, floor, is_listed = _cut(logits, values, maxima, best, cuts)
         choice = torch.where(cuts.is_greedy, best, -1)
-        return Distributions(logits, *limits, choice, tokens, _log_p(values, *limits), is_listed)._with_choices(rows)
+        limits = (maxima[:, None], cuts.temperature[:, None], log_sum, floor)
+        return Distributions(logits, *limits, choice, tokens, p, is_listed)._with_choices(rows)
 
     def at(self, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """The probabilities of some tokens, of the same shape as `tokens`; `rows`, broadcast to it, says in which row."""
@@ -76,7 +77,7 @@ class Distributions:
     def candidates(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """All tokens that have a probability in some rows, [len(rows), m], and their probabilities."""
         if bool(self.is_listed[rows].all()):
-            return self.tokens[rows], self.log_p[rows].exp()
+            return self.tokens[rows], self.p[rows]
         tokens = torch.arange(self.logits.shape[1], device=self.logits.device).expand(len(rows), -1)
         return tokens, self.dense(rows)
 
@@ -86,7 +87,7 @@ class Distributions:
         p = _log_p(self.logits.index_select(0, rows), *limits).exp_()
         if len(one_hot := (self.choice[rows] >= 0).nonzero().squeeze(-1)):
             p[one_hot] = 0.0
-            p[one_hot, self.choice[rows[one_hot]]] = _certain(self.largest[rows[one_hot], 0]).exp()
+            p[one_hot, self.choice[rows[one_hot]]] = _certainty(self.largest[rows[one_hot], 0])
         return p
 
     def _with_choices(self, rows: list[tuple[Sequence, int]]) -> "Distributions":
@@ -99,8 +100,8 @@ class Distributions:
             self.choice[numbers] = shared_choice(p.log(), tokens, [s.seed for s in sequences], positions)
         if len(one_hot := (self.choice >= 0).nonzero().squeeze(-1)):
             self.tokens[one_hot, 0] = self.choice[one_hot]
-            self.log_p[one_hot] = -torch.inf
-            self.log_p[one_hot, 0] = _certain(self.largest[one_hot, 0])
+            self.p[one_hot] = 0.0
+            self.p[one_hot, 0] = _certainty(self.largest[one_hot, 0])
             self.is_listed[one_hot] = True
         return self
 
@@ -125,21 +126,19 @@ def draft_distributions(
     logits = _constrained(logits, scored, eos_token_ids)
     values, tokens = largest(logits, min(size, logits.shape[1]))
     if size == 1:
-        return tokens, _certain(values) + 1
-    maxima = values[:, 0]
+        return tokens, _certainty(values)
     rows = [(part.sequence, position) for part in scored for position in part.positions]
     cuts = Cuts.of([sequence.params for sequence, _ in rows], logits)
-    log_sum, floor, _ = cuts.apply(_scaled(values, maxima[:, None], cuts.temperature[:, None]), is_whole=True)
-    log_q = _log_p(values, maxima[:, None], cuts.temperature[:, None], log_sum[:, None], floor[:, None])
+    weights, _, _ = cuts.apply(_scaled(values, values[:, :1], cuts.temperature[:, None]), is_whole=True)
+    q = (weights / weights.sum(-1, keepdim=True)).to(values.dtype)
     if coupled := [number for number, (sequence, _) in enumerate(rows) if sequence.params.is_coupled]:
         numbers = torch.tensor(coupled, device=logits.device)
         sequences, positions = zip(*(rows[number] for number in coupled), strict=True)
-        tokens[numbers, 0] = shared_choice(log_q[numbers], tokens[numbers], [s.seed for s in sequences], positions)
-    q = log_q.exp()
+        tokens[numbers, 0] = shared_choice(q[numbers].log(), tokens[numbers], [s.seed for s in sequences], positions)
     if one_hot := [number for number, (sequence, _) in enumerate(rows) if not sequence.params.is_sampled]:
         q[one_hot] = 0.0
-        q[one_hot, 0] = 1.0
-    return tokens, q + _certain(maxima)[:, None]
+        q[one_hot, 0] = _certainty(values[one_hot, 0])
+    return tokens, q
 
 
 @dataclass(frozen=True)
@@ -149,9 +148,9 @@ class Cuts:
     Attributes:
         temperature: 1 where it is 0.
         is_greedy: where it is 0.
-        log_min_p: how far below the most likely token a log-probability may be.
-        top_k: how many tokens are kept, 0 for all.
-        top_p: how much of the probability.
+        log_min_p: how far below the most likely token a log-probability may be; -inf where it does not matter.
+        top_k: how many tokens are kept; 0 for all.
+        top_p: how much of the probability; inf for all.
     """
 
     temperature: torch.Tensor
@@ -159,26 +158,37 @@ class Cuts:
     log_min_p: torch.Tensor
     top_k: torch.Tensor
     top_p: torch.Tensor
+    has_top_k: bool
+    has_top_p: bool
 
     @staticmethod
     def of(params: Several[SamplingParams], like: torch.Tensor) -> "Cuts":
         """Collects the parameters in the dtype and on the device of `like`."""
         temperature = like.new_tensor([row.temperature for row in params])
+        top_p = [row.top_p if row.top_p < 1 else torch.inf for row in params]
         return Cuts(
             temperature=temperature.masked_fill(temperature == 0, 1.0).clamp(min=torch.finfo(like.dtype).tiny),
-            is_greedy=torch.tensor([row.temperature == 0 for row in params], device=like.device),
+            is_greedy=temperature == 0,
             log_min_p=like.new_tensor([row.min_p for row in params]).log(),
             top_k=torch.tensor([row.top_k for row in params], device=like.device),
-            top_p=torch.tensor([row.top_p for row in params], dtype=torch.float64, device=like.device),
+            top_p=torch.tensor(top_p, dtype=torch.float64, device=like.device),
+            has_top_k=any(row.top_k for row in params),
+            has_top_p=any(row.top_p < 1 for row in params),
         )
 
     def __getitem__(self, rows: torch.Tensor) -> "Cuts":
-        return Cuts(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
+        columns = (self.temperature, self.is_greedy, self.log_min_p, self.top_k, self.top_p)
+        return Cuts(*(column[rows] for column in columns), self.has_top_k, self.has_top_p)
 
     @property
     def is_plain(self) -> torch.Tensor:
         """Whether only top-p may cut, to which the sum over the whole vocabulary matters then."""
         return self.log_min_p.isneginf() & (self.top_k == 0)
+
+    @property
+    def is_uncut(self) -> torch.Tensor:
+        """Whether everything is kept."""
+        return self.is_plain & self.top_p.isinf()
 
     def apply(
         self, scaled: torch.Tensor, *, is_whole: bool, log_total: torch.Tensor | None = None
@@ -192,24 +202,27 @@ class Cuts:
                 are the beginning.
 
         Returns:
-            the logarithm of the sum of what is kept, [n]; the smallest of it, [n]; and whether the list sufficed to tell, [n].
+            the exponentials of what is kept and 0 elsewhere, float64 [n, m]; the floor, [n, 1]; and whether the list sufficed
+            to tell, [n].
         """
         size = scaled.shape[1]
-        top_k = self.top_k.masked_fill(self.top_k == 0, size + 1)[:, None]
-        least = scaled.gather(1, top_k.clamp(max=size) - 1)
-        is_kept = (scaled >= self.log_min_p[:, None]) & ((scaled >= least) | (top_k > size))
+        floor = self.log_min_p[:, None]
+        if self.has_top_k:
+            has_top_k = (self.top_k > 0) & (self.top_k <= size)
+            least = scaled.gather(1, (self.top_k.clamp(1, size) - 1)[:, None])
+            floor = torch.where(has_top_k[:, None], torch.maximum(floor, least), floor)
+        is_kept = scaled >= floor
         weights = scaled.double().exp() * is_kept
-        is_all = is_whole | ~is_kept[:, -1]
-        total = weights.sum(-1)
-        if log_total is not None:
-            total = torch.where(is_all, total, log_total.double().exp())
-        is_inside = (weights.cumsum(-1) - weights < (self.top_p * total)[:, None]) | (self.top_p == 1)[:, None]
-        is_kept &= is_inside
-        is_kept[:, 0] = True
-        floor = scaled.masked_fill(~is_kept, 0.0).amin(-1)
-        is_kept = scaled >= floor[:, None]  # also what equals the last one
-        log_sum = (weights * is_kept).sum(-1).log().to(scaled.dtype)
-        return log_sum, floor, (is_all | self.is_plain) & (is_whole | ~is_kept[:, -1])
+        is_enough = is_whole | ~is_kept[:, -1]
+        if self.has_top_p:
+            total = weights.sum(-1) if log_total is None else torch.where(is_enough, weights.sum(-1), log_total.double().exp())
+            is_kept &= weights.cumsum(-1) - weights < (self.top_p * total)[:, None]
+            is_kept[:, 0] = True
+            floor = scaled.masked_fill(~is_kept, 0.0).amin(-1, keepdim=True)
+            is_kept = scaled >= floor  # also what equals the last one
+            weights = weights * is_kept
+            is_enough = (is_enough | self.is_plain) & (is_whole | ~is_kept[:, -1])
+        return weights, floor, is_enough
 
 
 def _constrained(logits: torch.Tensor, scored: list[Scored], eos_token_ids: frozenset[int]) -> torch.Tensor:
@@ -221,32 +234,49 @@ def _constrained(logits: torch.Tensor, scored: list[Scored], eos_token_ids: froz
 def _greedy(logits: torch.Tensor, maxima: torch.Tensor, best: torch.Tensor) -> Distributions:
     """The distributions of rows that all are greedy."""
     zero, is_listed = torch.zeros_like(maxima)[:, None], torch.ones_like(best, dtype=torch.bool)
-    certain = _certain(maxima)[:, None]
-    return Distributions(logits, maxima[:, None], zero + 1, zero, zero, best, best[:, None], certain, is_listed)
+    certainty = _certainty(maxima)[:, None]
+    return Distributions(logits, maxima[:, None], zero + 1, zero, zero, best, best[:, None], certainty, is_listed)
 
 
 def _cut(
     logits: torch.Tensor, values: torch.Tensor, maxima: torch.Tensor, best: torch.Tensor, cuts: Cuts
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Finds log_sum, floor and is_listed, each [n], given the largest logits, [n, m]; makes longer lists where needed."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Cuts rows of which the largest logits are given, [n, m]; looks at more of them where these do not suffice.
+
+    Returns:
+        the probabilities of the m tokens, [n, m]; log_sum and floor, [n, 1]; and whether the m are all that is kept, [n].
+    """
     vocab_size = logits.shape[1]
     is_whole = values.shape[1] == vocab_size
     log_total = None if is_whole else _log_totals(logits, maxima, best, cuts)
     scaled = _scaled(values, maxima[:, None], cuts.temperature[:, None])
-    log_sum, floor, is_listed = cuts.apply(scaled, is_whole=is_whole, log_total=log_total)
+    weights, floor, is_listed = cuts.apply(scaled, is_whole=is_whole, log_total=log_total)
+    sums = weights.sum(-1, keepdim=True)
+    p = (weights / sums).to(values.dtype)
+    log_sum = sums.log().to(values.dtype)
     if log_total is None:
-        return log_sum, floor, is_listed
-    is_uncut = cuts.is_plain & (cuts.top_p == 1)
-    log_sum, floor = torch.where(is_uncut, log_total, log_sum), floor.masked_fill(is_uncut, -torch.inf)
+        return p, log_sum, floor, is_listed
+    is_uncut = cuts.is_uncut
+    log_sum = torch.where(is_uncut[:, None], log_total[:, None], log_sum)
+    floor = floor.masked_fill(is_uncut[:, None], -torch.inf)
     is_listed &= ~is_uncut
     open_, size = (~(is_listed | is_uncut | cuts.is_greedy)).nonzero().squeeze(-1), values.shape[1]
+    ordered = _scaled(_descending(logits[open_]), maxima[open_, None], cuts.temperature[open_, None])
     while len(open_):
         size = min(16 * size, vocab_size)
-        ordered = _scaled(largest(logits[open_], size)[0], maxima[open_, None], cuts.temperature[open_, None])
-        found = cuts[open_].apply(ordered, is_whole=size == vocab_size, log_total=log_total[open_])
-        log_sum[open_], floor[open_] = found[:2]
-        open_ = open_[~found[2]]
-    return log_sum, floor, is_listed
+        weights, floors, is_enough = cuts[open_].apply(
+            ordered[:, :size], is_whole=size == vocab_size, log_total=log_total[open_]
+        )
+        log_sum[open_], floor[open_] = weights.sum(-1, keepdim=True).log().to(values.dtype), floors
+        ordered, open_ = ordered[~is_enough], open_[~is_enough]
+    return p, log_sum, floor, is_listed
+
+
+def _descending(values: torch.Tensor) -> torch.Tensor:
+    """Sorts each row; on a CPU with numpy, which is many times quicker where places are not wanted."""
+    if values.device.type == "cpu":
+        return torch.from_numpy(np.sort(values.numpy(), axis=-1)[:, ::-1].copy())
+    return values.sort(-1, descending=True).values
 
 
 def _log_totals(logits: torch.Tensor, maxima: torch.Tensor, best: torch.Tensor, cuts: Cuts) -> torch.Tensor:
@@ -259,9 +289,9 @@ def _log_totals(logits: torch.Tensor, maxima: torch.Tensor, best: torch.Tensor, 
     return log_total
 
 
-def _certain(maxima: torch.Tensor) -> torch.Tensor:
-    """A log-probability of 0; not a number where the logits are not finite, so that no token is drawn from them."""
-    return maxima * 0
+def _certainty(maxima: torch.Tensor) -> torch.Tensor:
+    """A probability of 1; not a number where the logits are not finite, so that no token is drawn from them."""
+    return maxima * 0 + 1
 
 
 def _scaled(values: torch.Tensor, maxima: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:

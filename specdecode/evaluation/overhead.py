@@ -8,16 +8,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import torch
 from pydantic import Field
 
 from specdecode.backends.backend import ModelBackend, Row, create_backend
+from specdecode.backends.huggingface import HuggingFaceBackend
 from specdecode.config import StrictModel
 from specdecode.decoding.constraints import Scored, constrain
 from specdecode.decoding.distributions import Distributions
-from specdecode.decoding.drafters import ModelDrafter
-from specdecode.decoding.loop import as_drafter, step
+from specdecode.decoding.drafters import ModelDrafter, NoDrafter
+from specdecode.decoding.loop import as_drafter, generate, step
 from specdecode.decoding.sequence import Route, SamplingParams
 from specdecode.decoding.sequence import Sequence as DecodedSequence
 from specdecode.decoding.verification import accept
@@ -38,8 +40,8 @@ class OverheadConfig(StrictModel):
     num_threads: int | None = Field(default=None, gt=0, description="CPU threads; torch's own choice if unset")
 
 
-_PENALTIES = {"repetition_penalty": 1.1, "presence_penalty": 0.3, "frequency_penalty": 0.2, "min_tokens": 4}
-SETTINGS = {
+_PENALTIES: dict[str, Any] = {"repetition_penalty": 1.1, "presence_penalty": 0.3, "frequency_penalty": 0.2, "min_tokens": 4}
+SETTINGS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "greedy, all penalties": _PENALTIES,
     "top-p, all penalties": {**_PENALTIES, "temperature": 1.0, "top_p": 0.95},
@@ -106,7 +108,8 @@ def measure_share(config: OverheadConfig) -> Iterator[ShareRow]:
                 DecodedSequence(prompts[number % len(prompts)], params, Route("draft", config.K)) for number in range(batch)
             ]
             rounds = [_round(lambda s=sequences: step(s, drafter, target), target, draft) for _ in range(2 + config.num_rounds)]
-            yield ShareRow(setting, batch, *(1000 * median(column[2:]) for column in zip(*rounds, strict=True)))
+            round_s, other_s = zip(*rounds[2:], strict=True)
+            yield ShareRow(setting, batch, 1000 * median(round_s), 1000 * median(other_s))
 
 
 class Timed:
@@ -157,6 +160,43 @@ def zipf_logits(num_rows: int, vocab_size: int, exponent: float = 1.5) -> torch.
     return torch.stack([ordered[torch.randperm(vocab_size, generator=generator)] for _ in range(num_rows)])
 
 
+@dataclass(frozen=True)
+class PrefixRow:
+    """The first token of an answer, where nothing of the prompt is remembered and where another request shared its beginning.
+
+    Attributes:
+        num_shared: tokens that the two prompts share.
+        num_computed: prompt tokens that went through the model.
+        ttft_ms: the median time to the first token.
+    """
+
+    num_shared: int
+    num_computed: int
+    ttft_ms: float
+
+
+def measure_prefix_reuse(config: OverheadConfig, num_shared: int = 1000, num_new: int = 24) -> Iterator[PrefixRow]:
+    """Yields the time to the first token without and with a remembered prefix, taken in turns."""
+    target = HuggingFaceBackend(config.target)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(
+        target.vocab_size, (num_shared + (2 + 2 * config.num_rounds) * num_new,), generator=generator
+    ).tolist()
+    shared, rest = tokens[:num_shared], tokens[num_shared:]
+    measured: dict[int, list[tuple[int, float]]] = {0: [], num_shared: []}
+    for turn in range(1 + config.num_rounds):
+        target.cache.clear()
+        for place, shares in enumerate((0, num_shared)):
+            start = (2 * turn + place) * num_new
+            sequence = DecodedSequence(shared + rest[start : start + num_new], SamplingParams(max_tokens=1))
+            before = target.num_computed_tokens
+            elapsed = _seconds(lambda s=sequence: list(generate([s], NoDrafter(), target)))
+            measured[shares].append((target.num_computed_tokens - before, elapsed))
+    for shares, turns in measured.items():
+        counts, times = zip(*turns[1:], strict=True)
+        yield PrefixRow(shares, counts[0], 1000 * median(times))
+
+
 def _measure(config: OverheadConfig, setting: str, params: SamplingParams, logits: torch.Tensor) -> OverheadRow:
     target, draft = Timed(LogitsTable(logits)), Timed(LogitsTable(logits))
     drafter = ModelDrafter(draft, eos_token_ids=frozenset())
@@ -185,7 +225,16 @@ def _measure(config: OverheadConfig, setting: str, params: SamplingParams, logit
         times["normalise"].append(time.perf_counter() - started - times["constrain"][-1])
         times["accept"].append(_seconds(lambda s=sequences, d=drafts, p=p: accept(s, d, p)))
         kept = float((p.dense(torch.arange(config.batch)) > 0).sum()) / config.batch
-    return OverheadRow(setting, *(1000 * median(values[2:]) for values in times.values()), kept)
+    medians = {name: 1000 * median(values[2:]) for name, values in times.items()}
+    return OverheadRow(
+        setting=setting,
+        total_ms=medians["total"],
+        draft_ms=medians["draft"],
+        constrain_ms=medians["constrain"],
+        normalise_ms=medians["normalise"],
+        accept_ms=medians["accept"],
+        kept=kept,
+    )
 
 
 def _round(run: Callable[[], object], *models: Timed) -> tuple[float, float]:

@@ -1,6 +1,8 @@
 """What is estimated from the config is what a loaded model with a full cache takes."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -130,3 +132,31 @@ def test_a_gpus_out_of_memory_is_refused_alike(target_folder, monkeypatch):
     monkeypatch.setattr(RowCache, "reserve", reserve)
     with pytest.raises(ModelError, match=r"no room for a cache of 77568 bytes \(3 rows x 100 tokens x 256 B\): lower max_rows"):
         HuggingFaceBackend(target_folder, **ROOM, preallocate=True)
+
+
+MEASURE = """
+import resource, sys
+import torch
+from specdecode.backends.backend import Row
+from specdecode.backends.huggingface import HuggingFaceBackend
+
+torch.set_num_threads(1)
+warm = HuggingFaceBackend(sys.argv[1], max_rows=2, max_length=4096)
+warm.logits([Row("a", [1] * 600, 1), Row("b", [2] * 600, 1)])  # what a forward pass takes besides is taken
+backend = HuggingFaceBackend(sys.argv[1], max_rows=16, max_length=4096)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for row in range(16):
+    backend.logits([Row(str(row), [row] * 4096, 1)])
+backend.logits([Row(str(row), [row] * 4096, 1) for row in range(16)])
+print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+"""
+
+
+def test_sixteen_rows_of_4096_tokens_take_what_is_stated_beforehand(save_model):
+    # Wide keys and values, so that the cache is most of what is taken, and little to compute.
+    shape = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32, "intermediate_size": 64}
+    folder = save_model(LlamaConfig(vocab_size=61, num_hidden_layers=16, max_position_embeddings=4096, **shape), 0)
+    stated = estimate_memory(ModelConfig(model=folder, max_rows=16, max_length=4096)).num_kv_bytes
+    child = subprocess.run([sys.executable, "-c", MEASURE, folder], capture_output=True, text=True, check=True)
+    assert stated > 1e9
+    assert int(child.stdout) == pytest.approx(stated, rel=0.1)

@@ -108,10 +108,12 @@ def test_single_tokens_and_lists_are_those_of_the_whole(vocab_size, verifier):
         whole = p.dense(torch.arange(len(logits)))
         torch.testing.assert_close(whole.sum(-1), torch.ones(len(logits), dtype=torch.float64))
         tokens = torch.randint(vocab_size, (len(logits), 9), generator=torch.Generator().manual_seed(seed))
-        assert torch.equal(p.at(torch.arange(len(logits))[:, None], tokens), whole.gather(1, tokens))
+        single = p.at(torch.arange(len(logits))[:, None], tokens)
+        torch.testing.assert_close(single, whole.gather(1, tokens), atol=1e-12, rtol=0)
         for rows in torch.randperm(len(logits), generator=torch.Generator().manual_seed(seed)).split(3):
             listed, weights = p.candidates(rows)
-            assert torch.equal(torch.zeros(len(rows), vocab_size).double().scatter_add(1, listed, weights), whole[rows])
+            scattered = torch.zeros(len(rows), vocab_size).double().scatter_add(1, listed, weights)
+            torch.testing.assert_close(scattered, whole[rows], atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("verifier", ["rejection", "coupled"])

@@ -7,6 +7,9 @@ import openai
 import pytest
 from openai import OpenAI
 
+from specdecode.text import Tokenizer
+
+DEF = Tokenizer("tiny/target").encode("def")[0]
 GOOD = {"model": "tiny", "prompt": "a", "max_tokens": 2}
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
 
@@ -22,6 +25,7 @@ BAD_COMPLETIONS = [
     ({"prompt": "a " * 3000}, 400, "prompt"),
     ({"prompt": ["a"] * 33}, 400, "n"),
     ({"max_tokens": 0}, 400, "max_tokens"),
+    ({"max_tokens": -1, "echo": True}, 400, "max_tokens"),
     ({"max_tokens": 10**9}, 400, "max_tokens"),
     ({"max_tokens": "5"}, 400, "max_tokens"),
     ({"temperature": -0.1}, 400, "temperature"),
@@ -34,8 +38,32 @@ BAD_COMPLETIONS = [
     ({"seed": -1}, 400, "seed"),
     ({"stop": [""]}, 400, "stop"),
     ({"unknown": 1}, 400, "unknown"),
-    ({"echo": True}, 400, "echo"),
-    ({"presence_penalty": 1.0}, 400, "presence_penalty"),
+    ({"echo": 1}, 400, "echo"),
+    ({"min_p": 1.5}, 400, "min_p"),
+    ({"repetition_penalty": 0}, 400, "repetition_penalty"),
+    ({"presence_penalty": 2.5}, 400, "presence_penalty"),
+    ({"frequency_penalty": -2.5}, 400, "frequency_penalty"),
+    ({"logit_bias": [5]}, 400, "logit_bias"),
+    ({"logit_bias": {"five": 1}}, 400, "logit_bias"),
+    ({"logit_bias": {"5": 101}}, 400, "logit_bias.5"),
+    ({"logit_bias": {"4096": 1}}, 400, "logit_bias"),
+    ({"logit_bias": {"-1": 1}}, 400, "logit_bias"),
+    ({"logit_bias": {str(token): 1 for token in range(301)}}, 400, "logit_bias"),
+    ({"allowed_token_ids": []}, 400, "allowed_token_ids"),
+    ({"allowed_token_ids": [4096]}, 400, "allowed_token_ids"),
+    ({"bad_words": "a"}, 400, "bad_words"),
+    ({"bad_words": [""]}, 400, "bad_words.0"),
+    ({"bad_words": ["a"] * 101}, 400, "bad_words"),
+    ({"bad_words": ["def"], "allowed_token_ids": [DEF]}, 400, "bad_words"),
+    ({"min_tokens": -1}, 400, "min_tokens"),
+    ({"min_tokens": 3}, 400, "min_tokens"),
+    ({"stop_token_ids": [4096]}, 400, "stop_token_ids"),
+    ({"stop": ["a"] * 17}, 400, "stop"),
+    ({"logprobs": 21}, 400, "logprobs"),
+    ({"logprobs": True}, 400, "logprobs"),
+    ({"prompt_logprobs": -1}, 400, "prompt_logprobs"),
+    ({"top_logprobs": 2}, 400, "top_logprobs"),
+    ({"speculative_decoding": {"verifier": "maybe"}}, 400, "speculative_decoding.verifier"),
     ({"speculative_decoding": {"draft": "nobody"}}, 400, "speculative_decoding.draft"),
     ({"speculative_decoding": {"K": -1}}, 400, "speculative_decoding.K"),
     ({"speculative_decoding": {"K": 17}}, 400, "speculative_decoding.K"),
@@ -47,6 +75,11 @@ BAD_CHATS = [
     ({"messages": [{"role": "robot", "content": "hi"}]}, "messages.0.role"),
     ({"messages": [{"role": "user"}]}, "messages.0.content"),
     ({"tools": []}, "tools"),
+    ({"logprobs": 2}, "logprobs"),
+    ({"top_logprobs": 2}, "top_logprobs"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"echo": True}, "echo"),
 ]
 
 
@@ -74,7 +107,7 @@ def test_a_bad_request_for_a_stream_still_has_its_status(http: httpx.Client, is_
     check_error(http.post("/v1/completions", json={**GOOD, "max_tokens": 10**9, "stream": is_stream}), 400, "max_tokens")
 
 
-@pytest.mark.parametrize(("change", "param"), BAD_CHATS, ids=[bad[1] for bad in BAD_CHATS])
+@pytest.mark.parametrize(("change", "param"), BAD_CHATS, ids=[str(bad[0])[:50] for bad in BAD_CHATS])
 def test_a_bad_chat_request(http: httpx.Client, change: dict[str, Any], param: str) -> None:
     check_error(http.post("/v1/chat/completions", json={**CHAT, **change}), 400, param)
 

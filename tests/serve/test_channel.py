@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from serve.channel import Ask, Guess, RemoteDrafter
+from serve.channel import Ask, Guess, ModelTokens, RemoteDrafter
 from specdecode.backends.table import TableModel, random_table
 from specdecode.decoding.drafters import ModelDrafter
 from specdecode.decoding.loop import generate
@@ -25,12 +25,13 @@ class InProcess:
         self.failure = failure
         self.num_calls = 0
 
-    async def propose(self, asks: list[Ask], vocab_size: int) -> list[Guess]:
+    async def propose(self, asks: list[Ask], target: ModelTokens) -> list[Guess]:
         self.num_calls += 1
         await asyncio.sleep(self.delay_s)
         if self.failure:
             raise self.failure
-        drafter = ModelDrafter(DRAFT, vocab_size=vocab_size)
+        assert target == ModelTokens.of(TARGET)
+        drafter = ModelDrafter(DRAFT, eos_token_ids=target.eos_token_ids)
         return [Guess.of(draft) for draft in drafter.propose([ask.sequence() for ask in asks])]
 
 
@@ -46,13 +47,19 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
 
 
 def remote(channel: InProcess, loop: asyncio.AbstractEventLoop, *, retry_after_s: float = 0.0) -> RemoteDrafter:
-    return RemoteDrafter("test", channel, TARGET.vocab_size, loop, deadline_s=0.2, retry_after_s=retry_after_s)
+    target = ModelTokens.of(TARGET)
+    return RemoteDrafter("test", channel, target, loop, deadline_s=0.2, retry_after_s=retry_after_s)
 
 
 def sequences() -> list[Sequence]:
+    penalties = {"repetition_penalty": 1.5, "frequency_penalty": 0.5, "min_tokens": 18, "stop_token_ids": frozenset({3})}
     return [
-        Sequence([1, 2, seed % 5], SamplingParams(temperature=0.5 * seed, seed=seed, max_tokens=20), Route("test", seed))
-        for seed in range(4)
+        Sequence(
+            [1, 2, seed % 5],
+            SamplingParams(temperature=0.5 * (seed % 4), seed=seed, max_tokens=20, **(penalties if seed > 3 else {})),
+            Route("test", seed % 4),
+        )
+        for seed in range(8)
     ]
 
 
@@ -76,10 +83,23 @@ def test_decoding_with_a_remote_draft_equals_decoding_with_the_local_one(loop: a
     assert decode(remote(InProcess(), loop)) == decode(ModelDrafter(DRAFT))
 
 
+def test_a_draft_sees_prompt_and_output_as_the_target_does() -> None:
+    for sequence in sequences():
+        sequence.tokens += [1, 1, 4]
+        seen = Ask.of(sequence).sequence()
+        assert (seen.id, seen.tokens, seen.seed, seen.params) == (sequence.id, sequence.tokens, sequence.seed, sequence.params)
+        assert (seen.num_prompt_tokens, seen.num_wanted) == (3, sequence.num_wanted)
+
+
+def test_a_seed_that_nobody_named_is_the_same_at_the_draft() -> None:
+    sequence = Sequence([1], SamplingParams(temperature=1.0), Route("test", 3))
+    assert Ask.of(sequence).sequence().seed == sequence.seed
+
+
 @pytest.mark.parametrize("channel", [InProcess(delay_s=60), InProcess(failure=ConnectionResetError("gone"))])
 def test_a_draft_that_fails_is_no_draft(loop: asyncio.AbstractEventLoop, channel: InProcess) -> None:
     drafter = remote(channel, loop)
-    assert [draft.tokens for draft in drafter.propose(sequences())] == [[], [], [], []]
+    assert [draft.tokens for draft in drafter.propose(sequences())] == [[]] * 8
     assert drafter.num_failures == 1
 
 

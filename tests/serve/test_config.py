@@ -1,5 +1,6 @@
 """A deployment's file is checked before anything is started, and each mistake is one line."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,9 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import LlamaConfig
 
+from serve.config import DraftModelConfig, NgramConfig, ServeConfig
 from serve.local import load_deployment
 from specdecode.errors import ConfigError, ModelError
 from tests.serve.conftest import CONFIG, ROOT
@@ -37,6 +40,32 @@ MISTAKES = {
     "too few rows": (lambda _, args: args["target"].update(max_rows=4), "max_rows: expected more than"),
     "negative k": (lambda _, args: args.update(k=-1), "k: input should be greater than or equal to 0, got -1"),
     "draft called none": (lambda _, args: args["drafts"].update(none=args["drafts"]["code"]), "drafts: none is how"),
+    "unknown verifier": (lambda _, args: args.update(verifier="x"), "verifier: input should be 'rejection', 'block' or"),
+    "unknown method": (
+        lambda _, args: args["drafts"].update(x={"method": "eagle"}),
+        "drafts.x: expected a draft of method draft_model or ngram, got {'method': 'eagle'}",
+    ),
+    "draft without model": (lambda _, args: args["drafts"].update(x={}), "drafts.x.draft_model.model: missing"),
+    "model of a lookup": (
+        lambda _, args: args["drafts"]["lookup"].update(model="tiny/draft-code"),
+        "drafts.lookup.ngram.model: unknown key, got 'tiny/draft-code'",
+    ),
+    "confidence of a lookup": (
+        lambda _, args: args["drafts"]["lookup"].update(min_confidence=0.5),
+        "drafts.lookup.ngram.min_confidence: unknown key, got 0.5",
+    ),
+    "empty range of a lookup": (
+        lambda _, args: args["drafts"]["lookup"].update(prompt_lookup_max=1),
+        "prompt_lookup_min: expected at most prompt_lookup_max (1), got 2",
+    ),
+    "no lookup to limit": (
+        lambda _, args: args["drafts"]["code"].update(prompt_lookup_max=3),
+        "prompt_lookup_max: of use only with lookup_first, or with method ngram",
+    ),
+    "too much confidence": (
+        lambda _, args: args["drafts"]["code"].update(min_confidence=1.5),
+        "min_confidence: input should be less than or equal to 1, got 1.5",
+    ),
     "another application": (lambda file, _: file["applications"][0].update(import_path="a:b"), "import_path serve.app:build"),
 }
 
@@ -51,9 +80,30 @@ def test_a_mistake_is_one_line(tmp_path: Path, change: Any, message: str) -> Non
     assert "\n" not in str(caught.value)
 
 
-def test_a_draft_of_another_vocabulary_is_refused(tmp_path: Path, tokenizer_folder: str) -> None:
-    file = write(tmp_path, lambda _, args: args["drafts"]["code"].update(model=tokenizer_folder))
-    with pytest.raises(ModelError, match="another vocabulary than target 'tiny/target'"):
+def test_a_draft_is_a_model_unless_it_says_otherwise() -> None:
+    drafts = load_deployment(ROOT / CONFIG).config.drafts
+    assert isinstance(drafts["code"], DraftModelConfig)
+    assert drafts["lookup"] == NgramConfig(method="ngram", prompt_lookup_max=4, prompt_lookup_min=2)
+
+
+def test_a_model_may_look_up_first() -> None:
+    draft = {"model": "tiny/draft-code", "lookup_first": True, "prompt_lookup_max": 6, "min_confidence": 0.3}
+    config = ServeConfig.model_validate({"target": {"model": "tiny/target"}, "drafts": {"code": draft}})
+    assert isinstance(config.drafts["code"], DraftModelConfig)
+    assert config.verifier == "rejection"
+
+
+def test_a_draft_with_another_tokenizer_is_taken(tmp_path: Path, foreign_draft: str) -> None:
+    file = write(tmp_path, lambda _, args: args["drafts"]["code"].update(model=foreign_draft))
+    assert load_deployment(file).config.drafts.keys() >= {"code", "lookup"}
+
+
+def test_a_draft_that_shares_too_few_tokens_is_refused(tmp_path: Path, tokenizer_folder: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tokenizer_folder, folder)
+    LlamaConfig(vocab_size=320).save_pretrained(folder)
+    file = write(tmp_path, lambda _, args: args["drafts"]["code"].update(model=str(folder)))
+    with pytest.raises(ModelError, match=r"shares \d+ of the 4096 tokens .* of target 'tiny/target': expected at least 10%"):
         load_deployment(file)
 
 

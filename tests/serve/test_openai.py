@@ -19,7 +19,7 @@ def speculative(draft: str, **options: object) -> dict[str, object]:
     return {"speculative_decoding": {"draft": draft, **options}}
 
 
-@pytest.mark.parametrize("draft", [*DRAFTS, "none"])
+@pytest.mark.parametrize("draft", [*DRAFTS, "lookup", "none"])
 def test_a_completion_is_the_targets_own_whatever_the_draft(
     client: OpenAI, tokenizer: Tokenizer, expect: Expect, draft: str
 ) -> None:
@@ -118,7 +118,7 @@ def test_a_stop_string_ends_the_text_before_it(client: OpenAI, tokenizer: Tokeni
 def test_models_lists_the_model_and_its_drafts(client: OpenAI) -> None:
     [model] = client.models.list().data
     assert model.id == client.models.retrieve("tiny").id == "tiny"
-    assert set(model.to_dict()["drafts"]) == set(DRAFTS)
+    assert set(model.to_dict()["drafts"]) == {*DRAFTS, "lookup"}
 
 
 def test_a_client_that_leaves_frees_its_place(http: httpx.Client) -> None:

@@ -1,0 +1,144 @@
+"""Requests in, generations out: what the target is asked, and what its text is to be. Knows no HTTP."""
+
+from collections.abc import Sequence as Several
+from dataclasses import dataclass
+
+from serve.config import RouterConfig
+from serve.schema import NO_DRAFT, ChatRequest, CompletionRequest, GenerationRequest
+from serve.target import Generation, TargetInfo
+from serve.transcript import Wording
+from specdecode.decoding.sequence import Route, SamplingParams, VerifierName
+from specdecode.errors import RequestError
+from specdecode.text import Tokenizer
+
+Job = tuple[Generation, Wording]
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What applies unless a request says otherwise: who drafts, and how much; and how drafts are accepted."""
+
+    route: Route
+    verifier: VerifierName
+
+
+class Reader:
+    """Reads requests to one target.
+
+    Args:
+        tokenizer: the target's.
+        target: what it takes.
+        drafts: the drafts that a request may choose.
+        defaults: what applies unless a request says otherwise.
+        config: what a request may ask for.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, target: TargetInfo, drafts: list[str], defaults: Defaults, config: RouterConfig
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._target = target
+        self._drafts = drafts
+        self._defaults = defaults
+        self._config = config
+
+    def completion(self, body: CompletionRequest) -> list[Job]:
+        """What a completion is made of: every prompt `n` times.
+
+        Raises:
+            RequestError: it asks for what there is not.
+        """
+        parts = _parts(body.prompt)
+        prompts = [self._tokenizer.encode(part) if isinstance(part, str) else part for part in parts]
+        echoes = [self._text(part) if body.echo else None for part in parts]
+        return self._jobs(body, prompts, body.max_tokens, echoes)
+
+    def chat(self, body: ChatRequest) -> list[Job]:
+        """What a chat's answer is made of; see `completion`."""
+        prompt = self._tokenizer.encode_chat([{"role": turn.role, "content": turn.text} for turn in body.messages])
+        max_tokens = body.max_completion_tokens or body.max_tokens or max(1, self._target.max_length - len(prompt))
+        return self._jobs(body, [prompt], max_tokens, [None])
+
+    def _jobs(
+        self, body: GenerationRequest, prompts: list[list[int]], max_tokens: int, echoes: Several[str | None]
+    ) -> list[Job]:
+        self._check_counts(body, len(prompts))
+        for prompt in prompts:
+            self._check_prompt(prompt, max_tokens)
+        route = self._route(body)
+        choices = self._params(body, max_tokens).choices(body.n)
+        return [
+            (Generation(prompt, params, route), Wording(body.stop_strings, body.min_tokens, echo, max_tokens == 0))
+            for prompt, echo in zip(prompts, echoes, strict=True)
+            for params in choices
+        ]
+
+    def _params(self, body: GenerationRequest, max_tokens: int) -> SamplingParams:
+        asked = [body.prompt_logprobs, body.num_logprobs if body.is_echoed else None]
+        return SamplingParams(
+            temperature=body.temperature,
+            top_p=body.top_p,
+            top_k=max(0, body.top_k),
+            min_p=body.min_p,
+            repetition_penalty=body.repetition_penalty,
+            presence_penalty=body.presence_penalty,
+            frequency_penalty=body.frequency_penalty,
+            logit_bias={int(token): bias for token, bias in body.logit_bias.items()},
+            allowed_token_ids=None if body.allowed_token_ids is None else frozenset(body.allowed_token_ids),
+            bad_words_ids=tuple(self._tokenizer.spellings(body.bad_words)),
+            min_tokens=body.min_tokens,
+            max_tokens=max(1, max_tokens),  # to score a prompt takes a round, and a round generates
+            stop_token_ids=frozenset(body.stop_token_ids),
+            ignore_eos=body.ignore_eos,
+            seed=body.seed,
+            logprobs=body.num_logprobs,
+            prompt_logprobs=max((number for number in asked if number is not None), default=None),
+            verifier=body.speculative_decoding.verifier or self._defaults.verifier,
+        )
+
+    def _text(self, part: str | list[int]) -> str:
+        return part if isinstance(part, str) else self._tokenizer.decode(part)
+
+    def _route(self, body: GenerationRequest) -> Route:
+        """Who drafts for this request. A learned router takes the default's place."""
+        options, default = body.speculative_decoding, self._defaults.route
+        if options.draft is not None and options.draft not in (*self._drafts, NO_DRAFT):
+            raise RequestError(
+                f"speculative_decoding.draft: expected one of {[*self._drafts, NO_DRAFT]}, got {options.draft!r}",
+                "speculative_decoding.draft",
+            )
+        _check_at_most("speculative_decoding.K", options.K or 0, self._config.max_k)
+        drafter = options.draft or default.drafter
+        k = default.k if options.K is None else options.K
+        return Route() if drafter in (None, NO_DRAFT) or k == 0 else Route(drafter, k)
+
+    def _check_counts(self, body: GenerationRequest, num_prompts: int) -> None:
+        _check_at_most("n", num_prompts * body.n, self._config.max_choices, " generations")
+        _check_at_most("stop", len(body.stop_strings), self._config.max_stop, " strings")
+        _check_at_most("logit_bias", len(body.logit_bias), self._config.max_logit_bias, " tokens")
+
+    def _check_prompt(self, prompt: list[int], max_tokens: int) -> None:
+        limit = self._target.max_length
+        if not prompt:
+            raise RequestError("prompt: expected at least one token, got none", "prompt")
+        if len(prompt) + max(1, max_tokens) > limit:
+            raise RequestError(
+                f"the model's context is {limit} tokens, but the prompt has {len(prompt)} and max_tokens is {max_tokens}",
+                "prompt" if len(prompt) >= limit else "max_tokens",
+            )
+        if not 0 <= min(prompt) <= max(prompt) < self._target.vocab_size:
+            raise RequestError(f"prompt: expected token ids in [0, {self._target.vocab_size})", "prompt")
+
+
+def _parts(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
+    """The prompts that a field holds."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if not prompt:
+        raise RequestError("prompt: expected at least one, got none", "prompt")
+    return [prompt] if isinstance(prompt[0], int) else prompt  # type: ignore[return-value]
+
+
+def _check_at_most(name: str, value: int, limit: int, unit: str = "") -> None:
+    if value > limit:
+        raise RequestError(f"{name}: expected at most {limit}{unit}, got {value}", name)
