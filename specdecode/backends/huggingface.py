@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from specdecode.backends import flash
 from specdecode.backends.backend import Row
 from specdecode.backends.kv_cache import RowCache
 from specdecode.backends.loading import eos_token_ids, load_model, mask_kinds, read_config, resolve_device, resolve_length
@@ -122,7 +123,7 @@ class HuggingFaceBackend:
         scored = self._run(
             input_ids=tokens,
             position_ids=positions,
-            attention_mask=self._masks(positions, window.length),
+            attention_mask=self._masks(positions, window.length, ends),
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=max(max(num_scored), 1),
@@ -141,18 +142,22 @@ class HuggingFaceBackend:
         ]
         return torch.tensor(tokens, device=self.device), torch.tensor(positions, device=self.device)  # [rows, num_new]
 
-    def _masks(self, positions: torch.Tensor, length: int) -> torch.Tensor | dict[str, torch.Tensor]:
+    def _masks(self, positions: torch.Tensor, length: int, ends: list[int]) -> torch.Tensor | dict[str, torch.Tensor]:
         """Additive masks, [rows, 1, num_new, length]: each token sees its row up to itself, within a sliding window."""
-        distance = positions[:, None, :, None] - torch.arange(length, device=self.device)
-        masks = {}
-        for kind in self._mask_kinds:
-            visible = distance >= 0
-            if kind == "sliding_attention":
-                visible &= distance < self._sliding_window
-            hidden = torch.finfo(self.model.dtype).min
-            masks[kind] = torch.zeros_like(distance, dtype=self.model.dtype).masked_fill_(~visible, hidden)
+        if self.model.config.get_text_config()._attn_implementation == flash.NAME:
+            masks = dict.fromkeys(self._mask_kinds, flash.row_ends(ends, self.device))
+        else:
+            distance = positions[:, None, :, None] - torch.arange(length, device=self.device)
+            masks = {kind: self._mask(kind, distance) for kind in self._mask_kinds}
         # Models whose config lists a kind for each layer take a mask for each kind, the others take one.
         return masks if getattr(self.model.config, "layer_types", None) else next(iter(masks.values()))
+
+    def _mask(self, kind: str, distance: torch.Tensor) -> torch.Tensor:
+        visible = distance >= 0
+        if kind == "sliding_attention":
+            visible &= distance < self._sliding_window
+        hidden = torch.finfo(self.model.dtype).min
+        return torch.zeros_like(distance, dtype=self.model.dtype).masked_fill_(~visible, hidden)
 
     def _ragged(self, scored: torch.Tensor, order: Sequence[int], num_scored: Sequence[int]) -> torch.Tensor:
         """Takes [rows in the cache's order, max(num_scored), vocab_size] apart into the callers' scored positions."""

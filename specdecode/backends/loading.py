@@ -10,7 +10,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.quantizers.auto import AutoQuantizationConfig
 
-from specdecode.backends.backend import check_attn_implementation
+from specdecode.backends import flash
 from specdecode.embedded import resolve_model
 from specdecode.errors import ModelError
 
@@ -41,7 +41,7 @@ def load_model(
     """
     options: dict[str, Any] = {
         "dtype": resolve_dtype(dtype, device),
-        "attn_implementation": resolve_attention(attn_implementation, config.get_text_config(), name),
+        "attn_implementation": resolve_attention(attn_implementation, config.get_text_config(), name, device),
     }
     if quantization is not None:
         options["quantization_config"] = _quantization_config(quantization)
@@ -84,12 +84,12 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
     return resolved
 
 
-def resolve_attention(attn_implementation: str, config: Any, name: str) -> str | None:
+def resolve_attention(attn_implementation: str, config: Any, name: str, device: torch.device) -> str | None:
     """Finds the attention implementation; None leaves it to transformers: sdpa where the model has it, else eager."""
-    try:
-        check_attn_implementation(attn_implementation)
-    except ValueError as error:
-        raise ModelError(f"attn_implementation {attn_implementation!r}: {error}") from error
+    if attn_implementation not in ("auto", "sdpa", "eager", "flash_attention_2"):
+        raise ModelError(f"attn_implementation {attn_implementation!r}: expected auto, sdpa, eager or flash_attention_2")
+    if attn_implementation == "flash_attention_2":
+        return flash.enable(device)
     is_capped = getattr(config, "attn_logit_softcapping", None) is not None
     if is_capped and attn_implementation == "sdpa":
         raise ModelError(

@@ -61,23 +61,11 @@ def test_sdpa_is_refused_for_a_model_that_it_would_change(family, save_model):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        (
-            "flash_attention_2",
-            "flash attention takes no 4-D masks, which rows of unequal length need: expected auto, sdpa or eager",
-        ),
-        ("flex", "expected auto, sdpa or eager"),
-    ],
-)
-def test_another_attention_is_refused_in_one_line(value, message, target_folder):
-    with pytest.raises(ModelError) as caught:
-        create_backend(target_folder, attn_implementation=value)
-    assert str(caught.value) == f"attn_implementation {value!r}: {message}"
-    with pytest.raises(ConfigError) as caught:
-        check_config({"model": target_folder, "attn_implementation": value}, ModelConfig, "serve.yaml")
-    assert str(caught.value) == f"serve.yaml: attn_implementation: {message}, got {value!r}"
+def test_another_attention_is_refused_in_one_line(target_folder):
+    with pytest.raises(ModelError, match="attn_implementation 'flex': expected auto, sdpa, eager or flash_attention_2"):
+        create_backend(target_folder, attn_implementation="flex")
+    with pytest.raises(ConfigError, match=r"serve\.yaml: attn_implementation: .*'sdpa'.*, got 'flex'"):
+        check_config({"model": target_folder, "attn_implementation": "flex"}, ModelConfig, "serve.yaml")
 
 
 @TORCH_WARNS
