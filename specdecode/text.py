@@ -29,14 +29,6 @@ class HasVocabulary(Protocol):
         ...
 
 
-def check_same_vocabulary(draft: HasVocabulary, target: HasVocabulary) -> None:
-    """Raises a `ModelError` unless the draft means by its token ids what the target means."""
-    if draft.vocabulary_id != target.vocabulary_id:
-        raise ModelError(
-            f"draft {draft.name!r} has another vocabulary than target {target.name!r}: expected the same tokenizer"
-        )
-
-
 class Tokenizer:
     """A model's tokenizer and chat template.
 

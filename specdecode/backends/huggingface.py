@@ -57,6 +57,9 @@ class HuggingFaceBackend:
         self.eos_token_ids = eos_token_ids(self.model.generation_config, config)
         self.num_computed_tokens = 0
         self._sliding_window: int = getattr(text_config, "sliding_window", None) or self.max_length
+        self._takes_kinds = bool(getattr(self.model.config, "layer_types", None))
+        self._is_flash = self.model.config.get_text_config()._attn_implementation == flash.NAME
+        self._places = torch.arange(self.max_length, device=self.device)
         self._prefill_chunk = prefill_chunk
         self.cache = RowCache(text_config.num_hidden_layers, max_rows, self.max_length)
         if preallocate:
@@ -144,20 +147,19 @@ class HuggingFaceBackend:
 
     def _masks(self, positions: torch.Tensor, length: int, ends: list[int]) -> torch.Tensor | dict[str, torch.Tensor]:
         """Additive masks, [rows, 1, num_new, length]: each token sees its row up to itself, within a sliding window."""
-        if self.model.config.get_text_config()._attn_implementation == flash.NAME:
+        if self._is_flash:
             masks = dict.fromkeys(self._mask_kinds, flash.row_ends(ends, self.device))
         else:
-            distance = positions[:, None, :, None] - torch.arange(length, device=self.device)
+            distance = positions[:, None, :, None] - self._places[:length]
             masks = {kind: self._mask(kind, distance) for kind in self._mask_kinds}
         # Models whose config lists a kind for each layer take a mask for each kind, the others take one.
-        return masks if getattr(self.model.config, "layer_types", None) else next(iter(masks.values()))
+        return masks if self._takes_kinds else next(iter(masks.values()))
 
     def _mask(self, kind: str, distance: torch.Tensor) -> torch.Tensor:
         visible = distance >= 0
         if kind == "sliding_attention":
             visible &= distance < self._sliding_window
-        hidden = torch.finfo(self.model.dtype).min
-        return torch.zeros_like(distance, dtype=self.model.dtype).masked_fill_(~visible, hidden)
+        return torch.where(visible, 0.0, torch.finfo(self.model.dtype).min).to(self.model.dtype)
 
     def _ragged(self, scored: torch.Tensor, order: Sequence[int], num_scored: Sequence[int]) -> torch.Tensor:
         """Takes [rows in the cache's order, max(num_scored), vocab_size] apart into the callers' scored positions."""

@@ -10,6 +10,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -90,10 +91,10 @@ class RowCache(Cache):
         """
         num_new = max(end - start for start, end in zip(starts, ends, strict=True))
         stride = self._length + 1
-        position = torch.tensor(ends)[:, None] - num_new + torch.arange(num_new)  # [rows, num_new]
-        position = torch.where(position < torch.tensor(starts)[:, None], self._length, position)
-        slots = position + (torch.arange(first, last) * stride)[:, None]
-        window = Window(first, last, max(ends), slots.flatten().to(device))
+        position = np.array(ends)[:, None] - num_new + np.arange(num_new)  # [rows, num_new]
+        position = np.where(position < np.array(starts)[:, None], self._length, position)
+        slots = position + (np.arange(first, last) * stride)[:, None]
+        window = Window(first, last, max(ends), torch.from_numpy(slots.ravel()).to(device))
         for layer in self.layers:
             layer.window = window
         return window

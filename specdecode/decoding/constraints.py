@@ -6,6 +6,7 @@ vocabulary. Tokens that the model at hand does not have, as a draft may lack som
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,18 +46,23 @@ def constrain(logits: torch.Tensor, scored: list[Scored], eos_token_ids: frozens
         scored: whose rows they are.
         eos_token_ids: the model's own end tokens.
     """
-    for part, rows in zip(scored, logits.split([part.num_scored for part in scored]), strict=True):
-        params = part.sequence.params
+    penalised: list[_Counts] = []
+    first = 0
+    for part in scored:
+        params, rows = part.sequence.params, slice(first, first + part.num_scored)
         if params.allowed_token_ids is not None:
-            _allow(rows, params.allowed_token_ids)
+            _allow(logits[rows], params.allowed_token_ids)
         for row, token in _bans(part, eos_token_ids):
-            if token < rows.shape[1]:
-                rows[row, token] = -torch.inf
+            if token < logits.shape[1]:
+                logits[first + row, token] = -torch.inf
         if params.logit_bias:
-            tokens = [token for token in params.logit_bias if token < rows.shape[1]]
-            rows[:, tokens] += rows.new_tensor([params.logit_bias[token] for token in tokens])
+            tokens = [token for token in params.logit_bias if token < logits.shape[1]]
+            logits[rows, tokens] += logits.new_tensor([params.logit_bias[token] for token in tokens])
         if params.has_penalties:
-            _penalise(rows, part)
+            penalised.append(_counts(part, first))
+        first = rows.stop
+    if penalised:
+        _penalise(logits, penalised)
 
 
 def check_constraints(params: SamplingParams, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
@@ -104,34 +110,53 @@ def _ends_of_bad_words(words: Iterable[tuple[int, ...]], tokens: list[int]) -> I
             yield word[-1]
 
 
-def _penalise(logits: torch.Tensor, part: Scored) -> None:
-    """Penalises the tokens that stand before each scored position, drafted ones included; logits are [num_scored, vocab]."""
-    params = part.sequence.params
-    ids, is_in_prompt, num_generated = (torch.from_numpy(column) for column in _counts(part))
-    is_known = ids < logits.shape[1]
-    if not bool(is_known.all()):
-        ids, is_in_prompt, num_generated = ids[is_known], is_in_prompt[is_known], num_generated[:, is_known]
-    ids, num_generated = ids.to(logits.device), num_generated.to(logits.device, logits.dtype)
-    is_generated = num_generated > 0
-    values = logits.index_select(1, ids)
-    if params.repetition_penalty != 1:
-        is_repeated = is_generated | is_in_prompt.to(logits.device)
-        repeated = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
-        values = torch.where(is_repeated, repeated, values)
-    values -= params.frequency_penalty * num_generated + params.presence_penalty * is_generated
-    logits.index_copy_(1, ids, values)
+@dataclass(frozen=True)
+class _Counts:
+    """Entries of the logits whose tokens are there already; every column has one element for each entry."""
+
+    rows: np.ndarray
+    tokens: np.ndarray
+    is_there: np.ndarray
+    num_generated: np.ndarray
+    params: SamplingParams
 
 
-def _counts(part: Scored) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The tokens that are there, [m], whether the prompt holds each, [m], and how often it was generated, [num_scored, m]."""
+def _counts(part: Scored, first: int) -> _Counts:
+    """Counts the tokens before each scored position, drafted ones included; the first of the rows is number `first`."""
     counts, drafted = part.sequence.counts, part.drafted
     new = [token for token in dict.fromkeys(drafted) if counts.place(token) is None]
-    ids = np.append(counts.ids, np.array(new, dtype=np.int64))
-    num_known = len(counts.ids)
+    ids, num_known = np.append(counts.ids, np.array(new, dtype=np.int64)), len(counts.ids)
     num_generated = np.zeros((part.num_scored, len(ids)), dtype=np.int64)
     num_generated[:, :num_known] = counts.num_generated
     for offset, token in enumerate(drafted):
         known = counts.place(token)
         place = num_known + new.index(token) if known is None else known
         num_generated[max(0, offset + part.num_scored - len(drafted)) :, place] += 1  # in the rows after the drafted token
-    return ids, np.append(counts.is_in_prompt, np.zeros(len(new), dtype=bool)), num_generated
+    is_there = num_generated > 0
+    is_there[:, :num_known] |= counts.is_in_prompt
+    rows = np.repeat(np.arange(first, first + part.num_scored), len(ids))
+    return _Counts(rows, np.tile(ids, part.num_scored), is_there.ravel(), num_generated.ravel(), part.sequence.params)
+
+
+def _penalise(logits: torch.Tensor, parts: list[_Counts]) -> None:
+    """Penalises all entries together, in place."""
+
+    def column(values: list[np.ndarray]) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate(values)).to(logits.device)[is_known]
+
+    def spread(name: str) -> torch.Tensor:
+        penalties = np.repeat([getattr(part.params, name) for part in parts], [len(part.rows) for part in parts])
+        return torch.from_numpy(penalties).to(logits.device, logits.dtype)[is_known]
+
+    is_known: Any = slice(None)
+    if bool((is_listed := column([part.tokens for part in parts]) < logits.shape[1]).logical_not().any()):
+        is_known = is_listed
+    rows, tokens = column([part.rows for part in parts]), column([part.tokens for part in parts])
+    values = logits[rows, tokens]
+    if any(part.params.repetition_penalty != 1 for part in parts):
+        repetition = spread("repetition_penalty")
+        penalised = torch.where(values > 0, values / repetition, values * repetition)
+        values = torch.where(column([part.is_there for part in parts]), penalised, values)
+    num_generated = column([part.num_generated for part in parts]).to(logits.dtype)
+    values -= spread("frequency_penalty") * num_generated + spread("presence_penalty") * (num_generated > 0)
+    logits[rows, tokens] = values

@@ -14,9 +14,9 @@ import numpy as np
 
 from specdecode.decoding.sequence import Round, Sequence
 
-# A sequence is tried with full drafts for so many rounds, whatever is expected: in the first the draft computes the prompt, and
-# only the next can be timed. Not to try could cost a whole answer its speed-up.
-_NUM_TRIES = 2
+# A sequence is tried with drafts of at least so many tokens for so many rounds, whatever is expected: in the first the draft
+# computes the prompt, and only the next can be timed. Not to try could cost a whole answer its speed-up.
+_NUM_TRIES, _TRIED_LENGTH = 2, 2
 # After so many plain rounds a sequence is tried again; after twice as many the next time, and so on.
 _PATIENCE = 32
 # What is believed of the acceptance before the first verdict, and how many verdicts that belief is worth.
@@ -62,7 +62,7 @@ class AdaptiveLength:
         _choose_lengths(groups, self._verify_time, len(sequences))
         for group, members in zip(groups, by_drafter.values(), strict=True):
             for sequence, k, limit in zip(members, group.k.tolist(), group.limits.tolist(), strict=True):
-                sequence.k = limit if self._acceptance_of(sequence).num_tries else k
+                sequence.k = max(k, min(limit, _TRIED_LENGTH)) if self._acceptance_of(sequence).num_tries else k
 
     def observe(self, sequences: list[Sequence], rounds: list[Round]) -> None:
         """See `LengthPolicy.observe`."""
@@ -70,6 +70,7 @@ class AdaptiveLength:
             return
         depths: dict[str, int] = {}
         is_warm = True
+        has_begun = any(self._acceptance_of(sequence).num_rounds for sequence in sequences)  # else prompts may be computed too
         for sequence, round in zip(sequences, rounds, strict=True):
             acceptance = self._acceptance_of(sequence)
             if round.num_drafted:
@@ -77,10 +78,17 @@ class AdaptiveLength:
                 depths[name] = max(depths.get(name, 0), round.num_drafted)
                 is_warm &= acceptance.is_drafting
             acceptance.add(round.num_accepted, round.num_drafted)
-        self._verify_time.add(sum(round.num_drafted + 1 for round in rounds), rounds[0].verify_time_s)
-        for name, depth in depths.items() if is_warm else ():
-            others = sum(self._draft_time(other).at(depths[other]) for other in depths if other != name)
-            self._draft_time(name).add(depth, max(0.0, rounds[0].draft_time_s - others))
+        if has_begun:
+            self._verify_time.add(sum(round.num_drafted + 1 for round in rounds), rounds[0].verify_time_s)
+        if is_warm:
+            self._share_draft_time(depths, rounds[0].draft_time_s)
+
+    def _share_draft_time(self, depths: dict[str, int], draft_time_s: float) -> None:
+        """Adds one measurement to the line of each drafter; what is more or less than expected is shared alike."""
+        expected = {name: self._draft_time(name).at(depth) for name, depth in depths.items()}
+        for name, depth in depths.items():
+            surplus = (draft_time_s - sum(expected.values())) / len(depths)
+            self._draft_time(name).add(depth, max(0.0, expected[name] + surplus))
 
     def _group(self, name: str, members: list[Sequence]) -> "_Group":
         rates = np.array([self._acceptance_of(sequence).rate for sequence in members])
@@ -98,13 +106,14 @@ class AdaptiveLength:
 class Acceptance:
     """How likely a sequence's next drafted token is accepted, from its rounds, of which older ones count less."""
 
-    memory: float = 0.9
+    memory: float = 0.95
     num_tries: int = _NUM_TRIES
     is_drafting: bool = False  # as of the last round
+    num_rounds: int = 0
     _num_accepted: float = 0.0
     _num_trials: float = 0.0
     _num_plain: int = 0
-    _patience: int = _PATIENCE
+    _patience: float = _PATIENCE
 
     @property
     def rate(self) -> float:
@@ -114,11 +123,13 @@ class Acceptance:
     def add(self, num_accepted: int, num_drafted: int) -> None:
         """Counts one round; after a rejection there is no verdict on what was drafted. Many plain rounds make it try again."""
         self.is_drafting = num_drafted > 0
+        self.num_rounds += 1
         if num_drafted:
             self._num_accepted = self.memory * self._num_accepted + num_accepted
             self._num_trials = self.memory * self._num_trials + num_accepted + (num_accepted < num_drafted)
             self.num_tries = max(0, self.num_tries - 1)
             self._num_plain = 0
+            self._patience = max(_PATIENCE, 0.97 * self._patience)  # it paid for long: a pause may be by mistake
             return
         self._num_plain += 1
         if self._num_plain >= self._patience:
@@ -128,9 +139,14 @@ class Acceptance:
 
 @dataclass
 class Line:
-    """A time as a straight line over a size, fitted by least squares to measurements of which older ones count less."""
+    """A time as a straight line over a size, fitted to measurements of which older ones count less.
+
+    It goes through their mean, with the slope by which times and sizes differed from it. As long as all sizes were about the
+    same, the time is taken to be proportional to the size: shorter drafts look good enough to be tried, which tells the slope.
+    """
 
     memory: float = 0.9
+    slope_memory: float = 0.95
     _n: float = 0.0
     _x: float = 0.0
     _y: float = 0.0
@@ -139,26 +155,25 @@ class Line:
 
     def add(self, x: float, y: float) -> None:
         """Takes a measurement; one far above the line, as when a prompt is computed on the way, counts as a few times it."""
-        if self._n > 4:
-            y = min(y, 3 * self.at(x))
-        for name, value in (("_n", 1.0), ("_x", x), ("_y", y), ("_xx", x * x), ("_xy", x * y)):
-            setattr(self, name, self.memory * getattr(self, name) + value)
+        highest = 3 * self.at(x) if self._n > 4 else y
+        dx, dy = x - self._x, min(y, highest) - self._y
+        # One size over and over tells nothing of the slope, and must not make it forgotten.
+        if self._n and abs(dx) > 0.1 * x and y <= highest:
+            self._xx = self.slope_memory * self._xx + dx * dx
+            self._xy = self.slope_memory * self._xy + dx * dy
+        self._n = self.memory * self._n + 1
+        self._x += dx / self._n
+        self._y += dy / self._n
 
     @property
     def slope(self) -> float:
-        """Seconds for one more; 0 where all sizes were about the same, and never below."""
-        if self._n == 0:
-            return 0.0
-        variance = self._xx / self._n - (self._x / self._n) ** 2
-        if variance < 0.01 * self._xx / self._n:
-            return 0.0
-        return max(0.0, (self._xy / self._n - self._x * self._y / self._n**2) / variance)
+        """Seconds for one more; neither it nor the time at size 0 is ever below 0."""
+        steepest = self._y / self._x if self._x else 0.0
+        return min(max(0.0, self._xy / self._xx), steepest) if self._xx else steepest
 
     def at(self, x: Any) -> Any:
         """The time at a size, or at an array of them; 0 before the first measurement."""
-        if self._n == 0:
-            return 0.0 * x
-        return max(0.0, self._y / self._n - self.slope * self._x / self._n) + self.slope * x
+        return self._y + self.slope * (x - self._x)
 
 
 @dataclass

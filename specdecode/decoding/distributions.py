@@ -6,7 +6,7 @@ all needs it, once more for their sum.
 """
 
 from collections.abc import Sequence as Several
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -92,12 +92,13 @@ class Distributions:
 
     def _with_choices(self, rows: list[tuple[Sequence, int]]) -> "Distributions":
         """Draws the tokens of coupled rows, and lists those of one-hot rows; `rows` are sequences and positions."""
-        coupled = [number for number, (sequence, _) in enumerate(rows) if sequence.params.is_coupled]
-        if coupled:
-            numbers = torch.tensor(coupled, device=self.logits.device)
-            tokens, p = self.candidates(numbers)
-            sequences, positions = zip(*(rows[number] for number in coupled), strict=True)
-            self.choice[numbers] = shared_choice(p.log(), tokens, [s.seed for s in sequences], positions)
+        coupled = torch.tensor([n for n, (sequence, _) in enumerate(rows) if sequence.params.is_coupled], dtype=torch.long)
+        is_listed = self.is_listed[coupled].cpu()
+        for numbers in (coupled[is_listed], coupled[~is_listed]):
+            for part in numbers.split(_ROWS_AT_A_TIME) if len(numbers) else ():
+                tokens, p = self.candidates(part.to(self.logits.device))
+                sequences, positions = zip(*(rows[number] for number in part.tolist()), strict=True)
+                self.choice[part] = shared_choice(p.log(), tokens, [s.seed for s in sequences], positions)
         if len(one_hot := (self.choice >= 0).nonzero().squeeze(-1)):
             self.tokens[one_hot, 0] = self.choice[one_hot]
             self.p[one_hot] = 0.0
@@ -177,8 +178,8 @@ class Cuts:
         )
 
     def __getitem__(self, rows: torch.Tensor) -> "Cuts":
-        columns = (self.temperature, self.is_greedy, self.log_min_p, self.top_k, self.top_p)
-        return Cuts(*(column[rows] for column in columns), self.has_top_k, self.has_top_p)
+        names = ("temperature", "is_greedy", "log_min_p", "top_k", "top_p")
+        return replace(self, **{name: getattr(self, name)[rows] for name in names})
 
     @property
     def is_plain(self) -> torch.Tensor:

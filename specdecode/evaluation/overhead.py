@@ -5,7 +5,8 @@ penalties, temperature and cuts, random numbers, drafting token by token, verifi
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -107,13 +108,16 @@ def measure_share(config: OverheadConfig) -> Iterator[ShareRow]:
             sequences = [
                 DecodedSequence(prompts[number % len(prompts)], params, Route("draft", config.K)) for number in range(batch)
             ]
-            rounds = [_round(lambda s=sequences: step(s, drafter, target), target, draft) for _ in range(2 + config.num_rounds)]
-            round_s, other_s = zip(*rounds[2:], strict=True)
-            yield ShareRow(setting, batch, 1000 * median(round_s), 1000 * median(other_s))
+            round_s: list[float] = []
+            other_s: list[float] = []
+            for _ in range(2 + config.num_rounds):
+                with _measured(round_s), _measured(other_s, target, draft):
+                    step(sequences, drafter, target)
+            yield ShareRow(setting, batch, 1000 * median(round_s[2:]), 1000 * median(other_s[2:]))
 
 
 class Timed:
-    """A backend that counts the seconds that its forward passes take."""
+    """A backend that counts the seconds that its forward passes take; of a transformers model, the module's alone."""
 
     def __init__(self, backend: ModelBackend) -> None:
         self.name = backend.name
@@ -123,13 +127,25 @@ class Timed:
         self.vocabulary_id = backend.vocabulary_id
         self.total_s = 0.0
         self._backend = backend
+        self._is_hooked = isinstance(backend, HuggingFaceBackend)
+        if isinstance(backend, HuggingFaceBackend):
+            backend.model.register_forward_pre_hook(self._begin)
+            backend.model.register_forward_hook(self._end)
 
     def logits(self, rows: Sequence[Row]) -> torch.Tensor:
         """See `ModelBackend.logits`."""
-        started = time.perf_counter()
+        if self._is_hooked:
+            return self._backend.logits(rows)
+        self._begin()
         logits = self._backend.logits(rows)
-        self.total_s += time.perf_counter() - started
+        self._end()
         return logits
+
+    def _begin(self, *_: object) -> None:
+        self.total_s -= time.perf_counter()
+
+    def _end(self, *_: object) -> None:
+        self.total_s += time.perf_counter()
 
 
 class LogitsTable:
@@ -183,18 +199,19 @@ def measure_prefix_reuse(config: OverheadConfig, num_shared: int = 1000, num_new
         target.vocab_size, (num_shared + (2 + 2 * config.num_rounds) * num_new,), generator=generator
     ).tolist()
     shared, rest = tokens[:num_shared], tokens[num_shared:]
-    measured: dict[int, list[tuple[int, float]]] = {0: [], num_shared: []}
+    times: dict[int, list[float]] = {0: [], num_shared: []}
+    num_computed: dict[int, int] = {}
     for turn in range(1 + config.num_rounds):
         target.cache.clear()
         for place, shares in enumerate((0, num_shared)):
             start = (2 * turn + place) * num_new
             sequence = DecodedSequence(shared + rest[start : start + num_new], SamplingParams(max_tokens=1))
             before = target.num_computed_tokens
-            elapsed = _seconds(lambda s=sequence: list(generate([s], NoDrafter(), target)))
-            measured[shares].append((target.num_computed_tokens - before, elapsed))
-    for shares, turns in measured.items():
-        counts, times = zip(*turns[1:], strict=True)
-        yield PrefixRow(shares, counts[0], 1000 * median(times))
+            with _measured(times[shares]):
+                list(generate([sequence], NoDrafter(), target))
+            num_computed[shares] = target.num_computed_tokens - before
+    for shares, seconds in times.items():
+        yield PrefixRow(shares, num_computed[shares], 1000 * median(seconds[1:]))
 
 
 def _measure(config: OverheadConfig, setting: str, params: SamplingParams, logits: torch.Tensor) -> OverheadRow:
@@ -202,7 +219,7 @@ def _measure(config: OverheadConfig, setting: str, params: SamplingParams, logit
     drafter = ModelDrafter(draft, eos_token_ids=frozenset())
     generator = torch.Generator().manual_seed(1)
     prompts = torch.randint(config.vocab_size, (config.batch, config.length), generator=generator).tolist()
-    times: dict[str, list[float]] = {name: [] for name in ("total", "draft", "constrain", "normalise", "accept")}
+    times: dict[str, list[float]] = {name: [] for name in ("total", "draft", "constrain", "both", "accept")}
     kept = 0.0
     for _ in range(2 + config.num_rounds):  # of which the first two warm up
         sequences = [
@@ -211,19 +228,20 @@ def _measure(config: OverheadConfig, setting: str, params: SamplingParams, logit
         ]
         for sequence in sequences:
             sequence.counts  # noqa: B018  a sequence that has been decoded for long has counted its tokens
-        times["total"].append(_round(lambda s=sequences: step(s, drafter, target), target, draft)[1])
-        started = time.perf_counter(), draft.total_s
-        drafts = drafter.propose(sequences)
-        times["draft"].append(time.perf_counter() - started[0] - (draft.total_s - started[1]))
+        with _measured(times["total"], target, draft):
+            step(sequences, drafter, target)
+        with _measured(times["draft"], draft):
+            drafts = drafter.propose(sequences)
         scored = [Scored(s, guess.tokens, len(guess.tokens) + 1) for s, guess in zip(sequences, drafts, strict=True)]
         rows = [Row(part.sequence.id, part.tokens, part.num_scored) for part in scored]
         fresh = target.logits(rows)
-        times["constrain"].append(_seconds(lambda s=scored, z=fresh: constrain(z, s, target.eos_token_ids)))
+        with _measured(times["constrain"]):
+            constrain(fresh, scored, target.eos_token_ids)
         fresh = target.logits(rows)
-        started = time.perf_counter()
-        p = Distributions.of(fresh, scored, target.eos_token_ids)
-        times["normalise"].append(time.perf_counter() - started - times["constrain"][-1])
-        times["accept"].append(_seconds(lambda s=sequences, d=drafts, p=p: accept(s, d, p)))
+        with _measured(times["both"]):
+            p = Distributions.of(fresh, scored, target.eos_token_ids)
+        with _measured(times["accept"]):
+            accept(sequences, drafts, p)
         kept = float((p.dense(torch.arange(config.batch)) > 0).sum()) / config.batch
     medians = {name: 1000 * median(values[2:]) for name, values in times.items()}
     return OverheadRow(
@@ -231,21 +249,15 @@ def _measure(config: OverheadConfig, setting: str, params: SamplingParams, logit
         total_ms=medians["total"],
         draft_ms=medians["draft"],
         constrain_ms=medians["constrain"],
-        normalise_ms=medians["normalise"],
+        normalise_ms=medians["both"] - medians["constrain"],
         accept_ms=medians["accept"],
         kept=kept,
     )
 
 
-def _round(run: Callable[[], object], *models: Timed) -> tuple[float, float]:
-    """The seconds of a round, and those of it that are not in a model's forward pass."""
+@contextmanager
+def _measured(times: list[float], *models: "Timed") -> Iterator[None]:
+    """Appends the seconds that the block takes, without those of the models' forward passes."""
     before, started = sum(model.total_s for model in models), time.perf_counter()
-    run()
-    elapsed = time.perf_counter() - started
-    return elapsed, elapsed - (sum(model.total_s for model in models) - before)
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
+    yield
+    times.append(time.perf_counter() - started - sum(model.total_s for model in models) + before)
