@@ -59,6 +59,8 @@ class HuggingFaceBackend:
         self._sliding_window: int = getattr(text_config, "sliding_window", None) or self.max_length
         self._takes_kinds = bool(getattr(self.model.config, "layer_types", None))
         self._is_flash = self.model.config.get_text_config()._attn_implementation == flash.NAME
+        self._shown = torch.zeros((), dtype=self.model.dtype, device=self.device)
+        self._hidden = torch.full_like(self._shown, torch.finfo(self.model.dtype).min)
         self._places = torch.arange(self.max_length, device=self.device)
         self._prefill_chunk = prefill_chunk
         self.cache = RowCache(text_config.num_hidden_layers, max_rows, self.max_length)
@@ -159,7 +161,7 @@ class HuggingFaceBackend:
         visible = distance >= 0
         if kind == "sliding_attention":
             visible &= distance < self._sliding_window
-        return torch.where(visible, 0.0, torch.finfo(self.model.dtype).min).to(self.model.dtype)
+        return torch.where(visible, self._shown, self._hidden)
 
     def _ragged(self, scored: torch.Tensor, order: Sequence[int], num_scored: Sequence[int]) -> torch.Tensor:
         """Takes [rows in the cache's order, max(num_scored), vocab_size] apart into the callers' scored positions."""

@@ -6,7 +6,6 @@ vocabulary. Tokens that the model at hand does not have, as a draft may lack som
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -46,7 +45,7 @@ def constrain(logits: torch.Tensor, scored: list[Scored], eos_token_ids: frozens
         scored: whose rows they are.
         eos_token_ids: the model's own end tokens.
     """
-    penalised: list[_Counts] = []
+    penalised: list[_Penalties] = []
     first = 0
     for part in scored:
         params, rows = part.sequence.params, slice(first, first + part.num_scored)
@@ -59,7 +58,7 @@ def constrain(logits: torch.Tensor, scored: list[Scored], eos_token_ids: frozens
             tokens = [token for token in params.logit_bias if token < logits.shape[1]]
             logits[rows, tokens] += logits.new_tensor([params.logit_bias[token] for token in tokens])
         if params.has_penalties:
-            penalised.append(_counts(part, first))
+            penalised.append(_penalties(part, first, logits))
         first = rows.stop
     if penalised:
         _penalise(logits, penalised)
@@ -94,13 +93,15 @@ def _allow(logits: torch.Tensor, allowed: Iterable[int]) -> None:
 def _bans(part: Scored, eos_token_ids: frozenset[int]) -> Iterator[tuple[int, int]]:
     """The tokens that must not come next, and in which row."""
     params = part.sequence.params
-    if not params.bad_words_ids and not params.min_tokens:
-        return
-    tokens = part.tokens
-    for row, position in enumerate(part.positions):
-        if position - part.sequence.num_prompt_tokens < params.min_tokens:
-            yield from ((row, token) for token in params.end_token_ids(eos_token_ids))
-        yield from ((row, token) for token in _ends_of_bad_words(params.bad_words_ids, tokens[:position]))
+    if params.min_tokens:
+        ends = params.end_token_ids(eos_token_ids)
+        for row, position in enumerate(part.positions):
+            if position - part.sequence.num_prompt_tokens < params.min_tokens:
+                yield from ((row, token) for token in ends)
+    if params.bad_words_ids:
+        tokens = part.tokens
+        for row, position in enumerate(part.positions):
+            yield from ((row, token) for token in _ends_of_bad_words(params.bad_words_ids, tokens[:position]))
 
 
 def _ends_of_bad_words(words: Iterable[tuple[int, ...]], tokens: list[int]) -> Iterator[int]:
@@ -111,52 +112,58 @@ def _ends_of_bad_words(words: Iterable[tuple[int, ...]], tokens: list[int]) -> I
 
 
 @dataclass(frozen=True)
-class _Counts:
-    """Entries of the logits whose tokens are there already; every column has one element for each entry."""
+class _Penalties:
+    """Entries of the logits whose tokens are there already; every column has one element for each entry.
+
+    Attributes:
+        rows, tokens: which entry.
+        factor: by which positive logits are divided and others multiplied.
+        penalty: what is taken off then.
+    """
 
     rows: np.ndarray
     tokens: np.ndarray
-    is_there: np.ndarray
-    num_generated: np.ndarray
-    params: SamplingParams
+    factor: np.ndarray
+    penalty: np.ndarray
 
 
-def _counts(part: Scored, first: int) -> _Counts:
-    """Counts the tokens before each scored position, drafted ones included; the first of the rows is number `first`."""
-    counts, drafted = part.sequence.counts, part.drafted
+def _penalties(part: Scored, first: int, logits: torch.Tensor) -> _Penalties:
+    """The penalties of the tokens before each scored position, drafted ones included; the first of the rows is `first`."""
+    ids, factor, penalty = _of_each_token(part)
+    if ids.max() >= logits.shape[1]:
+        is_known = ids < logits.shape[1]
+        ids, factor, penalty = ids[is_known], factor[:, is_known], penalty[:, is_known]
+    dtype = np.float64 if logits.dtype == torch.float64 else np.float32
+    rows = np.repeat(np.arange(first, first + part.num_scored), len(ids))
+    return _Penalties(rows, np.tile(ids, part.num_scored), factor.ravel().astype(dtype), penalty.ravel().astype(dtype))
+
+
+def _of_each_token(part: Scored) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The different tokens, [m], and before each scored position their factors and penalties, [num_scored, m]."""
+    params, counts, drafted = part.sequence.params, part.sequence.counts, part.drafted
     new = [token for token in dict.fromkeys(drafted) if counts.place(token) is None]
-    ids, num_known = np.append(counts.ids, np.array(new, dtype=np.int64)), len(counts.ids)
-    num_generated = np.zeros((part.num_scored, len(ids)), dtype=np.int64)
-    num_generated[:, :num_known] = counts.num_generated
+    ids = np.concatenate([counts.ids, np.array(new, dtype=np.int64)])
+    factor, penalty = np.full((part.num_scored, len(ids)), params.repetition_penalty), np.zeros((part.num_scored, len(ids)))
+    factor[:, len(counts.ids) :] = 1.0
+    penalty[:, : len(counts.ids)] = counts.penalty(params)
+    is_generated: set[int] = set()
     for offset, token in enumerate(drafted):
         known = counts.place(token)
-        place = num_known + new.index(token) if known is None else known
-        num_generated[max(0, offset + part.num_scored - len(drafted)) :, place] += 1  # in the rows after the drafted token
-    is_there = num_generated > 0
-    is_there[:, :num_known] |= counts.is_in_prompt
-    rows = np.repeat(np.arange(first, first + part.num_scored), len(ids))
-    return _Counts(rows, np.tile(ids, part.num_scored), is_there.ravel(), num_generated.ravel(), part.sequence.params)
+        place = len(counts.ids) + new.index(token) if known is None else known
+        after = max(0, offset + part.num_scored - len(drafted))  # the first row that stands after the drafted token
+        factor[after:, place] = params.repetition_penalty
+        penalty[after:, place] += params.frequency_penalty
+        if place not in is_generated and (known is None or counts.num_generated[known] == 0):
+            penalty[after:, place] += params.presence_penalty
+        is_generated.add(place)
+    return ids, factor, penalty
 
 
-def _penalise(logits: torch.Tensor, parts: list[_Counts]) -> None:
+def _penalise(logits: torch.Tensor, parts: list[_Penalties]) -> None:
     """Penalises all entries together, in place."""
-
-    def column(values: list[np.ndarray]) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate(values)).to(logits.device)[is_known]
-
-    def spread(name: str) -> torch.Tensor:
-        penalties = np.repeat([getattr(part.params, name) for part in parts], [len(part.rows) for part in parts])
-        return torch.from_numpy(penalties).to(logits.device, logits.dtype)[is_known]
-
-    is_known: Any = slice(None)
-    if bool((is_listed := column([part.tokens for part in parts]) < logits.shape[1]).logical_not().any()):
-        is_known = is_listed
-    rows, tokens = column([part.rows for part in parts]), column([part.tokens for part in parts])
+    rows, tokens, factor, penalty = (
+        torch.from_numpy(np.concatenate([getattr(part, name) for part in parts])).to(logits.device)
+        for name in ("rows", "tokens", "factor", "penalty")
+    )
     values = logits[rows, tokens]
-    if any(part.params.repetition_penalty != 1 for part in parts):
-        repetition = spread("repetition_penalty")
-        penalised = torch.where(values > 0, values / repetition, values * repetition)
-        values = torch.where(column([part.is_there for part in parts]), penalised, values)
-    num_generated = column([part.num_generated for part in parts]).to(logits.dtype)
-    values -= spread("frequency_penalty") * num_generated + spread("presence_penalty") * (num_generated > 0)
-    logits[rows, tokens] = values
+    logits[rows, tokens] = torch.where(values > 0, values / factor, values * factor) - penalty

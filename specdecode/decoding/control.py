@@ -48,7 +48,11 @@ class FixedLength:
 
 
 class AdaptiveLength:
-    """Drafts as many tokens as pay, by what drafting, verification and acceptance have been so far."""
+    """Drafts as many tokens as pay, by what drafting, verification and acceptance have been so far.
+
+    A request whose seed promises the same answer again, which under rejection and block verification needs the same lengths,
+    keeps those of its route.
+    """
 
     def __init__(self) -> None:
         self._verify_time = Line()  # by scored tokens
@@ -62,7 +66,8 @@ class AdaptiveLength:
         _choose_lengths(groups, self._verify_time, len(sequences))
         for group, members in zip(groups, by_drafter.values(), strict=True):
             for sequence, k, limit in zip(members, group.k.tolist(), group.limits.tolist(), strict=True):
-                sequence.k = max(k, min(limit, _TRIED_LENGTH)) if self._acceptance_of(sequence).num_tries else k
+                tried = min(limit, _TRIED_LENGTH) if self._acceptance_of(sequence).num_tries else 0
+                sequence.k = sequence.route.k if sequence.params.depends_on_k else max(k, tried)
 
     def observe(self, sequences: list[Sequence], rounds: list[Round]) -> None:
         """See `LengthPolicy.observe`."""

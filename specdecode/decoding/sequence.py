@@ -108,6 +108,11 @@ class SamplingParams:
         return self.temperature > 0 and self.verifier != "coupled"
 
     @property
+    def depends_on_k(self) -> bool:
+        """Whether a seed is given that gives the same tokens again only if as many are drafted each round."""
+        return self.seed is not None and self.is_sampled
+
+    @property
     def is_coupled(self) -> bool:
         """Whether tokens are drawn with noise that target and draft share."""
         return self.temperature > 0 and self.verifier == "coupled"
@@ -216,28 +221,36 @@ class TokenCounts:
 
     Attributes:
         ids: [m] different tokens.
-        is_in_prompt: [m] whether the prompt holds each.
         num_generated: [m] how often each stands in the output.
     """
 
     def __init__(self, tokens: list[int], num_prompt_tokens: int) -> None:
         self.ids = np.unique(np.array(tokens[:num_prompt_tokens], dtype=np.int64))
-        self.is_in_prompt = np.ones(len(self.ids), dtype=bool)
         self.num_generated = np.zeros(len(self.ids), dtype=np.int64)
         self._places = {token: place for place, token in enumerate(self.ids.tolist())}
         self._length = num_prompt_tokens
+        self._penalty: np.ndarray | None = None
 
     def follow(self, tokens: list[int]) -> None:
         """Counts the tokens that were added since the last time."""
+        if len(tokens) == self._length:
+            return
         added = tokens[self._length :]
         self._length = len(tokens)
+        self._penalty = None
         if new := [token for token in dict.fromkeys(added) if token not in self._places]:
             self._places.update(zip(new, range(len(self.ids), len(self.ids) + len(new)), strict=True))
             self.ids = np.append(self.ids, new)
-            self.is_in_prompt = np.append(self.is_in_prompt, np.zeros(len(new), dtype=bool))
             self.num_generated = np.append(self.num_generated, np.zeros(len(new), dtype=np.int64))
         for token in added:
             self.num_generated[self._places[token]] += 1
+
+    def penalty(self, params: SamplingParams) -> np.ndarray:
+        """What frequency and presence penalty take off the logit of each token, [m]."""
+        if self._penalty is None:  # which a round asks for many times
+            penalty = params.frequency_penalty * self.num_generated + params.presence_penalty * (self.num_generated > 0)
+            self._penalty = penalty.astype(np.float64)
+        return self._penalty
 
     def place(self, token: int) -> int | None:
         """Where in the arrays a token stands."""

@@ -214,11 +214,17 @@ def measure_prefix_reuse(config: OverheadConfig, num_shared: int = 1000, num_new
         yield PrefixRow(shares, num_computed[shares], 1000 * median(seconds[1:]))
 
 
+def zipf_tokens(num_rows: int, length: int, vocab_size: int) -> list[list[int]]:
+    """Sequences whose tokens are as frequent as 1 / rank, as those of texts are."""
+    weights = 1 / torch.arange(1, vocab_size + 1, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    return torch.multinomial(weights.expand(num_rows, -1), length, replacement=True, generator=generator).tolist()
+
+
 def _measure(config: OverheadConfig, setting: str, params: SamplingParams, logits: torch.Tensor) -> OverheadRow:
     target, draft = Timed(LogitsTable(logits)), Timed(LogitsTable(logits))
     drafter = ModelDrafter(draft, eos_token_ids=frozenset())
-    generator = torch.Generator().manual_seed(1)
-    prompts = torch.randint(config.vocab_size, (config.batch, config.length), generator=generator).tolist()
+    prompts = zipf_tokens(config.batch, config.length, config.vocab_size)
     times: dict[str, list[float]] = {name: [] for name in ("total", "draft", "constrain", "both", "accept")}
     kept = 0.0
     for _ in range(2 + config.num_rounds):  # of which the first two warm up

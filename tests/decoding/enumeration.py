@@ -1,8 +1,8 @@
 """Exact probabilities of token sequences: those that speculative decoding emits, and those of the target alone.
 
-Nothing is drawn. Under rejection and block verification every draft, every number of accepted tokens and every token after them
-is followed, with its probability. Under coupled verification the shared noise of each position is one number in [0, 1), at which
-target and draft both invert their cumulative distributions; every interval of it on which nothing changes is followed.
+Nothing is drawn. Under rejection and block verification every draft, every number of accepted tokens and every token after
+them is followed, with its probability. Under coupled verification the shared noise of each position is one number in [0, 1),
+at which target and draft both invert their cumulative distributions; every interval of it on which nothing changes is followed.
 """
 
 from collections import Counter
@@ -17,7 +17,7 @@ import torch
 from specdecode.backends.backend import ModelBackend, Row
 from specdecode.decoding.constraints import Scored
 from specdecode.decoding.distributions import Distributions
-from specdecode.decoding.drafters import Drafter, NoDrafter
+from specdecode.decoding.drafters import Drafter
 from specdecode.decoding.loop import step
 from specdecode.decoding.sequence import Draft, Route, SamplingParams, Sequence
 from specdecode.decoding.verification import Block, Verifier
@@ -240,11 +240,3 @@ def _is_finished(tokens: tuple[int, ...], target: ModelBackend, params: Sampling
     return len(tokens) >= min(LENGTH, params.max_tokens) or tokens[-1:] in [
         (token,) for token in params.end_token_ids(target.eos_token_ids)
     ]
-
-
-def plain(target: ModelBackend, prompt: list[int], params: SamplingParams) -> list[int]:
-    """What the target alone generates under coupled verification, for the noise of the seed."""
-    sequence = Sequence(prompt, params)
-    while sequence.finish_reason is None:
-        step([sequence], NoDrafter(), target)
-    return sequence.tokens

@@ -42,7 +42,7 @@ def tokens_alone(sequence, target, draft):
 def test_joining_and_leaving_changes_no_token(target, draft):
     sequences = random_sequences(14)
     expected = [tokens_alone(sequence, target, draft) for sequence in sequences]
-    engine = Engine(target, ModelDrafter(draft), EngineConfig(max_batch=4, prefill_chunk=8))
+    engine = Engine(target, ModelDrafter(draft), EngineConfig(max_batch=4, prefill_chunk=8, draft_length="fixed"))
     rng, waiting, most_running = random.Random(1), list(sequences), 0
     while waiting or engine.has_work:
         for _ in range(min(len(waiting), rng.randint(0, 2))):
@@ -71,7 +71,8 @@ def test_several_drafters_serve_one_batch(target, draft):
     sequences = random_sequences(12, drafters=("noisy", "perfect", "unknown", None), seed=3)
     models = {"noisy": draft, "perfect": target}
     expected = [tokens_alone(sequence, target, models.get(sequence.route.drafter)) for sequence in sequences]
-    engine = Engine(target, RoutedDrafter({name: ModelDrafter(model) for name, model in models.items()}))
+    drafter = RoutedDrafter({name: ModelDrafter(model) for name, model in models.items()})
+    engine = Engine(target, drafter, EngineConfig(draft_length="fixed"))
     for sequence in sequences:
         engine.submit(sequence)
     drafted = dict.fromkeys(["noisy", "perfect", "unknown", None], 0)
@@ -183,14 +184,13 @@ def test_a_resumed_sequence_goes_on_as_it_would_have(target, draft):
     """From the tokens that were streamed, with the same seed, at a round's border."""
     params = SamplingParams(temperature=0.9, seed=4, max_tokens=30)
     whole = Sequence([1, 2, 3], params, Route("draft", 4))
-    engine = Engine(target, ModelDrafter(draft))
+    engine, elsewhere = (Engine(target, ModelDrafter(draft), EngineConfig(draft_length="fixed")) for _ in range(2))
     engine.submit(whole)
     for _ in range(3):
         engine.step()
     streamed = list(whole.tokens)
     resumed = Sequence(streamed, replace(params, max_tokens=whole.num_remaining), Route("draft", 4))
     list(engine.run())
-    elsewhere = Engine(target, ModelDrafter(draft))
     elsewhere.submit(resumed)
     list(elsewhere.run())
     assert 3 < len(streamed) < len(whole.tokens) == 33
