@@ -92,8 +92,9 @@ class DraftModelConfig(DeployedModel, _Lookup):
 
     @model_validator(mode="after")
     def _check_lookup_first(self) -> "DraftModelConfig":
-        if unused := sorted(self.model_fields_set & _Lookup.model_fields.keys()) if not self.lookup_first else []:
-            raise ValueError(f"{unused[0]}: of use only with lookup_first, or with method ngram")
+        for name, field in _Lookup.model_fields.items():
+            if not self.lookup_first and getattr(self, name) != field.default:
+                raise ValueError(f"{name}: of use only with lookup_first, or with method ngram")
         return self
 
 
