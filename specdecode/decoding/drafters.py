@@ -1,9 +1,10 @@
 """Sequences in, guesses out. A guess may be wrong, late or empty, and costs only speed."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Several
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import partial
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -25,6 +26,22 @@ class Drafter(Protocol):
     def propose(self, sequences: list[Sequence]) -> list[Draft]:
         """Drafts at the most `num_wanted` tokens for each sequence."""
         ...
+
+
+@runtime_checkable
+class DistantDrafter(Drafter, Protocol):
+    """A drafter that works elsewhere, while this process may do something else."""
+
+    def start(self, sequences: list[Sequence]) -> Callable[[], list[Draft]]:
+        """Asks for drafts as `propose` does; what it returns waits for them."""
+        ...
+
+
+def start(drafter: Drafter, sequences: list[Sequence]) -> Callable[[], list[Draft]]:
+    """Starts a drafter that works elsewhere; one that works here does so when its drafts are waited for."""
+    if isinstance(drafter, DistantDrafter):
+        return drafter.start(sequences)
+    return partial(drafter.propose, sequences)
 
 
 class NoDrafter:
@@ -61,27 +78,38 @@ class ModelDrafter:
         self._support = support
         self._min_confidence = min_confidence
 
-    @torch.inference_mode()
     def propose(self, sequences: list[Sequence]) -> list[Draft]:
         """See `Drafter.propose`."""
-        guesses = [self._begin(sequence) for sequence in sequences]
-        longest = max(guess.k for guess in guesses)
-        size = 1 if all(sequence.params.temperature == 0 for sequence in sequences) else self._support
-        u = _uniforms(sequences, longest)
-        for offset in range(longest):
-            active = [number for number, guess in enumerate(guesses) if guess.k > offset]
-            if active:
-                self._extend([guesses[number] for number in active], size, u[active, offset])
+        guesses = self.begin(sequences)
+        while unfinished := [guess for guess in guesses if not guess.is_complete]:
+            self.extend(unfinished)
         return [guess.draft() for guess in guesses]
 
-    def _begin(self, sequence: Sequence) -> "_Guess":
+    def begin(self, sequences: list[Sequence]) -> list["Guess"]:
+        """Begins a guess at each sequence, without a token yet."""
+        return [self._begin(sequence) for sequence in sequences]
+
+    def _begin(self, sequence: Sequence) -> "Guess":
         context = self._translation.context(sequence.tokens)
         if context is None:  # the target may know tokens that the draft does not
-            return _Guess(sequence, [], 0)
-        return _Guess(sequence, list(context), max(0, min(sequence.num_wanted, self.backend.max_length - len(context))))
+            return Guess(sequence, [], 0, has_ended=True)
+        return self.resize(Guess(sequence, list(context), 0))
 
-    def _extend(self, guesses: list["_Guess"], size: int, u: torch.Tensor) -> None:
-        """Drafts one more token for each, with a q of `size` tokens; a guess that ends here wants no more than it has."""
+    def resize(self, guess: "Guess") -> "Guess":
+        """Makes a guess want as many tokens as its sequence does by now, and the draft model has room for."""
+        if not guess.has_ended:
+            room = self.backend.max_length - (len(guess.context) - len(guess.tokens))
+            guess.k = max(0, min(guess.sequence.num_wanted, room))
+        return guess
+
+    @torch.inference_mode()
+    def extend(self, guesses: list["Guess"]) -> None:
+        """Drafts one more token for each, in one forward pass; a guess that ends here wants no more than it has."""
+        size = 1 if all(guess.sequence.params.temperature == 0 for guess in guesses) else self._support
+        if short := [guess for guess in guesses if len(guess.u) <= len(guess.tokens)]:
+            for guess, numbers in zip(short, _uniforms([g.sequence for g in short], max(g.k for g in short)), strict=True):
+                guess.u = numbers
+        u = torch.stack([guess.u[len(guess.tokens)] for guess in guesses])
         logits = self._translation.logits(self.backend.logits([Row(g.sequence.id, g.context, 1) for g in guesses]))
         confidence = logits.float().softmax(-1) if self._min_confidence else None
         scored = [Scored(guess.sequence, guess.tokens, 1) for guess in guesses]
@@ -93,28 +121,46 @@ class ModelDrafter:
         for row, (guess, token, is_drawn) in enumerate(zip(guesses, drawn.squeeze(1).tolist(), is_open.tolist(), strict=True)):
             if is_drawn:
                 guess.add(token, self._translation.draft_id(token), chances[row], support[row], q[row])
-            if not is_drawn or self._is_complete(guess):
-                guess.k = len(guess.tokens)
+            if not is_drawn or self._ends(guess):
+                guess.k, guess.has_ended = len(guess.tokens), True
 
-    def _is_complete(self, guess: "_Guess") -> bool:
+    def _ends(self, guess: "Guess") -> bool:
         # Only what was drafted up to here may decide, and nothing of it is taken back: q would not be what it was drawn from.
         ends = guess.sequence.params.end_token_ids(self._eos_token_ids)
         return guess.tokens[-1] in ends or guess.confidence < self._min_confidence
 
 
 @dataclass
-class _Guess:
-    """A draft in the making: the draft model's context, and how many tokens are wanted."""
+class Guess:
+    """A draft in the making.
+
+    Attributes:
+        sequence: what it goes on from.
+        context: the same in the draft model's ids, with what was drafted.
+        k: how many tokens are wanted.
+        tokens: what was drafted.
+        confidence: the probability of all of it, if the drafter asks for it.
+        has_ended: whether there is nothing to draft after the last token, or nothing that is likely enough.
+        u: the random numbers that the tokens are drawn with, as many as were needed so far.
+    """
 
     sequence: Sequence
     context: list[int]
     k: int
     tokens: list[int] = field(default_factory=list)
     confidence: float = 1.0
+    has_ended: bool = False
+    u: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     _support: list[torch.Tensor] = field(default_factory=list)
     _q: list[torch.Tensor] = field(default_factory=list)
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether it has all the tokens that are wanted."""
+        return len(self.tokens) >= self.k
+
     def add(self, token: int, draft_id: int, chance: float, support: torch.Tensor, q: torch.Tensor) -> None:
+        """Adds a drafted token, its id in the draft model, its probability there, and the q that it was drawn from, [m]."""
         self.tokens.append(token)
         self.context = [*self.context, draft_id]  # a new list: the backend keeps the old one
         self.confidence *= chance
@@ -122,6 +168,7 @@ class _Guess:
         self._q.append(q)
 
     def draft(self) -> Draft:
+        """What was drafted so far."""
         if not self.tokens:
             return Draft.empty()
         if not self.sequence.params.is_sampled:
@@ -189,19 +236,36 @@ class ChainDrafter:
 
     def propose(self, sequences: list[Sequence]) -> list[Draft]:
         """See `Drafter.propose`."""
+        return self.start(sequences)()
+
+    def start(self, sequences: list[Sequence]) -> Callable[[], list[Draft]]:
+        """See `DistantDrafter.start`; the last drafter may work elsewhere."""
+        *quicker, last = self._drafters or [NoDrafter()]
         drafts = [Draft.empty() for _ in sequences]
-        for drafter in self._drafters:
-            if open_ := [number for number, draft in enumerate(drafts) if not draft.tokens]:
-                for number, draft in zip(open_, drafter.propose([sequences[i] for i in open_]), strict=True):
-                    drafts[number] = draft
-        return drafts
+        for drafter in quicker:
+            _fill(drafts, _open(drafts), drafter.propose([sequences[i] for i in _open(drafts)]))
+        open_ = _open(drafts)
+        finish = start(last, [sequences[i] for i in open_]) if open_ else list
+        return lambda: _fill(drafts, open_, finish())
+
+
+def _open(drafts: list[Draft]) -> list[int]:
+    """Where nothing is drafted yet."""
+    return [number for number, draft in enumerate(drafts) if not draft.tokens]
+
+
+def _fill(drafts: list[Draft], places: list[int], found: list[Draft]) -> list[Draft]:
+    for place, draft in zip(places, found, strict=True):
+        drafts[place] = draft
+    return drafts
 
 
 class RoutedDrafter:
     """A drafter made of drafters: each sequence goes to the one that its route names.
 
     Args:
-        drafters: by name; a sequence whose route names none of them is not drafted for.
+        drafters: by name; a sequence whose route names none of them is not drafted for. All that work elsewhere do so at the
+            same time.
     """
 
     def __init__(self, drafters: Mapping[str, Drafter]) -> None:
@@ -210,9 +274,11 @@ class RoutedDrafter:
     def propose(self, sequences: list[Sequence]) -> list[Draft]:
         """See `Drafter.propose`."""
         drafts = [Draft.empty() for _ in sequences]
+        started: list[tuple[list[int], Callable[[], list[Draft]]]] = []
         for name, drafter in self._drafters.items():
             members = [i for i, s in enumerate(sequences) if s.route.drafter == name and s.num_wanted > 0]
             if members:
-                for index, draft in zip(members, drafter.propose([sequences[i] for i in members]), strict=True):
-                    drafts[index] = draft
+                started.append((members, start(drafter, [sequences[i] for i in members])))
+        for members, finish in started:
+            _fill(drafts, members, finish())
         return drafts

@@ -1,7 +1,8 @@
 """Prompt ids in, accepted ids out. Read this file first.
 
 A round drafts a few tokens, scores them all in one forward pass of the target, accepts as many as leave the target's
-distribution unchanged, and adds one token of the target's own. Plain decoding is the same round with an empty draft.
+distribution unchanged, and adds one token of the target's own. Plain decoding is the same round with an empty draft. Where the
+drafter has gone on meanwhile, and all of the draft is accepted, its next token stands for the target's, and is verified next.
 """
 
 import time
@@ -33,7 +34,7 @@ def step(sequences: list[Sequence], drafter: Drafter, target: ModelBackend) -> l
     started = time.perf_counter()
     drafts = drafter.propose(sequences)
     drafted = time.perf_counter()
-    scored = [Scored(s, draft.tokens, len(draft.tokens) + 1) for s, draft in zip(sequences, drafts, strict=True)]
+    scored = [Scored(s, draft.context, len(draft.context) + 1) for s, draft in zip(sequences, drafts, strict=True)]
     logits = target.logits([Row(part.sequence.id, part.tokens, part.num_scored) for part in scored])  # [sum(k + 1), vocab]
     raw = _raw(logits, scored)
     lengths, tokens = accept(sequences, drafts, Distributions.of(logits, scored, target.eos_token_ids))
@@ -197,7 +198,7 @@ def _extend(
     sequence: Sequence,
     draft: Draft,
     num_accepted: int,
-    token: int,
+    added: list[int],
     raw: torch.Tensor | None,
     target: ModelBackend,
     draft_time_s: float,
@@ -205,7 +206,7 @@ def _extend(
 ) -> Round:
     """Adds the round's tokens to the sequence, up to where it stops."""
     is_first = sequence.num_generated == 0
-    tokens, finish_reason = _until_stop([*draft.tokens[:num_accepted], token], sequence, target)
+    tokens, finish_reason = _until_stop(added, sequence, target)
     sequence.tokens.extend(tokens)
     sequence.finish_reason = finish_reason
     return Round(

@@ -153,11 +153,22 @@ class Draft:
         tokens: [k].
         support: [k, m] token ids.
         q: [k, m] their probabilities, each row summing to 1; entries of probability 0 may pad a row.
+        continues: whether the drafter goes on from the draft's end meanwhile. If all of it is accepted, the round then adds no
+            token of the target's own: what stands there next was drafted, and is verified in the next round like any other.
     """
 
     tokens: list[int]
     support: torch.Tensor
     q: torch.Tensor
+    continues: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.tokens or not self.continues  # a round adds at least one token
+
+    @property
+    def context(self) -> list[int]:
+        """The drafted tokens that the target must read to decide on all of them, and on the token of its own."""
+        return self.tokens[:-1] if self.continues else self.tokens
 
     @staticmethod
     def empty() -> "Draft":
@@ -197,7 +208,8 @@ class Round:
     """What one round added to one sequence.
 
     Attributes:
-        tokens: accepted drafted tokens, then the target's own one; cut off where the generation stops.
+        tokens: accepted drafted tokens, then the target's own one unless the draft goes on there; cut off where the generation
+            stops.
         num_drafted: how many tokens were drafted.
         num_accepted: how many of `tokens`, from the first, were drafted.
         finish_reason: set in a sequence's last round.

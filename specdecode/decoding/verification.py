@@ -29,6 +29,8 @@ class Block:
         p: the target's distributions; those of a sequence, at each drafted token and after the last one, stand one after the
             other.
         first: [batch], where in `p` each sequence's begin.
+
+    A draft that continues has no distribution after its last token, and needs none: a row of another sequence stands in for it.
     """
 
     k: torch.Tensor
@@ -48,8 +50,21 @@ class Block:
         device, dtype = p.logits.device, p.logits.dtype
         support = _padded([draft.support for draft in drafts], widest)
         q = _padded([draft.q.to(dtype) for draft in drafts], widest)
-        starts = (k + 1).cumsum(0) - (k + 1) if first is None else torch.tensor(first)
+        starts = torch.tensor(_starts(drafts)[:-1] if first is None else first)
         return Block(k.to(device), tokens.to(device), support.to(device), q.to(device), p, starts.to(device))
+
+    def __getitem__(self, numbers: torch.Tensor) -> "Block":
+        """The block of some of the drafts, of which `numbers`, [n], are given."""
+        k, tokens, support, q, first = (column[numbers] for column in (self.k, self.tokens, self.support, self.q, self.first))
+        return Block(k, tokens, support, q, self.p, first)
+
+    def by_kind(self, lengths: torch.Tensor) -> list[torch.Tensor]:
+        """The numbers of the drafts whose p after `lengths` tokens is a short list, and of the others.
+
+        Which token a random number draws depends on the order in which tokens stand, which must not depend on other drafts.
+        """
+        is_listed = self.p.is_listed[self._row(lengths)]
+        return [group for kind in (is_listed, ~is_listed) if len(group := kind.nonzero().squeeze(-1))]
 
     def p_drafted(self) -> torch.Tensor:
         """The target's probability of each drafted token, [batch, K]; anything in the padding."""
@@ -90,7 +105,7 @@ class Block:
         Returns:
             tokens and their weights, both [batch, m].
         """
-        tokens, p = self.p.candidates(self.first + lengths)
+        tokens, p = self.p.candidates(self._row(lengths))
         if self.q.shape[1] == 0:
             return tokens, p
         support, q = self._q_after(lengths)
@@ -104,6 +119,10 @@ class Block:
         place = lengths.clamp(max=longest - 1)[:, None, None].expand(batch, 1, widest)
         q = self.q.gather(1, place).squeeze(1) * (lengths < self.k)[:, None]
         return self.support.gather(1, place).squeeze(1), q
+
+    def _row(self, lengths: torch.Tensor) -> torch.Tensor:
+        """Where in `p` the distributions after the first `lengths` drafted tokens stand, [batch]."""
+        return (self.first + lengths).clamp(max=len(self.p.logits) - 1)
 
     def _rows(self, offset: int) -> torch.Tensor:
         """Where in `p` the distributions at each drafted token stand, or `offset` tokens later, [batch, K]."""
@@ -174,38 +193,51 @@ def verifier(name: VerifierName) -> Verifier:
     return BlockVerifier() if name == "block" else RejectionVerifier()
 
 
-def accept(sequences: list[Sequence], drafts: list[Draft], p: Distributions) -> tuple[list[int], list[int]]:
+def accept(sequences: list[Sequence], drafts: list[Draft], p: Distributions) -> tuple[list[int], list[list[int]]]:
     """Draws from the law of each sequence's verifier.
 
     Args:
         sequences: of which the batch is made.
         drafts: one for each.
-        p: the target's distributions, sum(k + 1) of them, at each drafted token and after the last one.
+        p: the target's distributions, sum(k + 1) of them, at each drafted token and after the last one; only sum(k) where the
+            drafts continue.
 
     Returns:
-        for each sequence the number of accepted tokens, and the token that follows them.
+        for each sequence the number of accepted tokens, and all tokens that the round adds.
     """
-    first = [0]
-    for draft in drafts:
-        first.append(first[-1] + len(draft.tokens) + 1)
+    first = _starts(drafts)
     groups: dict[VerifierName, list[int]] = {}
     for index, sequence in enumerate(sequences):
         groups.setdefault(sequence.params.verifier, []).append(index)
-    lengths, tokens = [0] * len(sequences), [0] * len(sequences)
+    lengths: list[int] = [0] * len(sequences)
+    added: list[list[int]] = [[] for _ in sequences]
     for name, members in groups.items():
         block = Block.of([drafts[index] for index in members], p, [first[index] for index in members])
         drawn = draw(verifier(name), block, [sequences[index] for index in members])
         for index, length, token in zip(members, *drawn, strict=True):
-            lengths[index], tokens[index] = length, token
-    return lengths, tokens
+            draft, lengths[index] = drafts[index], length
+            is_whole = draft.continues and length == len(draft.tokens)
+            added[index] = draft.tokens if is_whole else [*draft.tokens[:length], token]
+    return lengths, added
 
 
 def draw(law: Verifier, block: Block, sequences: list[Sequence]) -> tuple[list[int], list[int]]:
-    """Draws from one law for a batch; see `accept`."""
+    """Draws from one law for a batch: the number of accepted tokens of each draft, and the token after them."""
     u_length, u_token = (_uniforms(sequences, purpose).to(block.first.device) for purpose in (Purpose.LENGTH, Purpose.TOKEN))
     lengths = (u_length < law.reach(block)).sum(-1)
-    tokens, weights = law.emission(block, lengths)
-    return lengths.tolist(), tokens.gather(1, sample(weights, u_token.squeeze(-1))[:, None]).squeeze(-1).tolist()
+    drawn = torch.zeros_like(lengths)
+    for numbers in block.by_kind(lengths):
+        tokens, weights = law.emission(block[numbers], lengths[numbers])
+        drawn[numbers] = tokens.gather(1, sample(weights, u_token[numbers].squeeze(-1))[:, None]).squeeze(-1)
+    return lengths.tolist(), drawn.tolist()
+
+
+def _starts(drafts: Several[Draft]) -> list[int]:
+    """Where in the target's distributions those of each draft begin, and where they end."""
+    starts = [0]
+    for draft in drafts:
+        starts.append(starts[-1] + len(draft.context) + 1)
+    return starts
 
 
 def _uniforms(sequences: list[Sequence], purpose: Purpose) -> torch.Tensor:

@@ -144,11 +144,11 @@ torch.set_num_threads(1)
 warm = HuggingFaceBackend(sys.argv[1], max_rows=2, max_length=4096)
 warm.logits([Row("a", [1] * 600, 1), Row("b", [2] * 600, 1)])  # what a forward pass takes besides is taken
 backend = HuggingFaceBackend(sys.argv[1], max_rows=16, max_length=4096)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 for row in range(16):
     backend.logits([Row(str(row), [row] * 4096, 1)])
 backend.logits([Row(str(row), [row] * 4096, 1) for row in range(16)])
-print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 

@@ -126,6 +126,10 @@ def _round_laws(
         for length in range(exactly.shape[1]):
             tokens, weights = verifier.emission(block, block.k.clamp(max=length))
             share = chances * exactly[:, length]
+            for number, draft in enumerate(drafts):
+                if draft.continues and len(draft.tokens) == length:
+                    of_sequence[owners[number]][tuple(draft.tokens)] += float(share[number])
+                    share[number] = 0
             joint = torch.where(share > 0, share / weights.sum(-1), 0.0)[:, None] * weights  # [drafts, m]
             for number, place in joint.nonzero().tolist():
                 emitted = (*drafts[number].tokens[:length], int(tokens[number, place]))
@@ -135,7 +139,7 @@ def _round_laws(
 
 
 def _block(target: ModelBackend, sequences: list[Sequence], drafts: list[Draft]) -> Block:
-    scored = [Scored(s, draft.tokens, len(draft.tokens) + 1) for s, draft in zip(sequences, drafts, strict=True)]
+    scored = [Scored(s, draft.context, len(draft.context) + 1) for s, draft in zip(sequences, drafts, strict=True)]
     return Block.of(drafts, _distributions(target, scored))
 
 

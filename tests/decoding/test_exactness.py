@@ -99,6 +99,17 @@ def model(support: int = 64, **options) -> ModelDrafter:
     return ModelDrafter(table(4, 1), support=support, **options)
 
 
+class RunsAhead:
+    """A drafter that goes on from the end of its drafts, of all or of some."""
+
+    def __init__(self, drafter, is_willing=lambda draft: True):
+        self.drafter = drafter
+        self.is_willing = is_willing
+
+    def propose(self, sequences):
+        return [replace(d, continues=bool(d.tokens) and self.is_willing(d)) for d in self.drafter.propose(sequences)]
+
+
 # By the most tokens that any q may cover.
 DRAFTERS = {
     "none": lambda _: NoDrafter(),
@@ -109,6 +120,8 @@ DRAFTERS = {
     "other tokenizer": other_vocabulary,
     "prompt lookup": lambda _: PromptLookupDrafter(max_ngram=2, min_ngram=1),
     "lookup, then model": lambda support: ChainDrafter([PromptLookupDrafter(max_ngram=3, min_ngram=2), model(support)]),
+    "runs ahead": lambda support: RunsAhead(model(support)),
+    "runs ahead at times": lambda support: RunsAhead(model(support, min_confidence=0.2), lambda draft: draft.tokens[-1] % 2),
     "routed": lambda support: RoutedDrafter({"other": NoDrafter(), "draft": model(support)}),
 }
 CERTAIN = {"none", "model, one-token q", "prompt lookup"}
@@ -205,12 +218,9 @@ def test_constraints_that_do_not_see_drafted_tokens_are_caught(blind, monkeypatc
     params = setting(frequency_penalty=1.5) if blind == "frequency_penalty" else setting(bad_words_ids=((1, 2), (2, 0)))
     target = table(4, 0)
     expected = target_law(target, PROMPT, params)
-    for name in ("_bans", "_penalise"):
+    for name in ("_bans", "_penalties"):
         seeing = getattr(constraints, name)
-        first = {"_bans": lambda part, *rest, f=seeing: f(_blind(part), *rest)}.get(
-            name, lambda logits, part, f=seeing: f(logits, _blind(part))
-        )
-        monkeypatch.setattr(constraints, name, first)
+        monkeypatch.setattr(constraints, name, lambda part, *rest, f=seeing: f(_blind(part), *rest))
     ((emitted,),) = emitted_laws(target, model(), [RejectionVerifier()], prompt=PROMPT, settings=[params], k=2, num_choices=4)
     assert largest_difference(emitted, expected) > 1e-3
 
