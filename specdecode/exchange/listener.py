@@ -1,0 +1,290 @@
+"""Connections in, a scheduler's replies out: the draft's end of every `TcpChannel`.
+
+One thread does all of it: it reads what has come, lets the scheduler do a step, sends what is due, and begins again. Between
+two steps nothing can change, so nothing needs a lock. Who wants to connect must hold a key, which is given out through
+`Listener.admit` to somebody who is trusted already; see docs/security.md for what a stranger can do, which is little.
+"""
+
+import asyncio
+import errno
+import hmac
+import logging
+import secrets
+import ssl
+import threading
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from specdecode.errors import ConfigError, SpecDecodeError
+from specdecode.exchange.channel import tune
+from specdecode.exchange.frames import (
+    HEADER_BYTES,
+    KEY_BYTES,
+    Kind,
+    decode_header,
+    decode_hello,
+    decode_request,
+    encode,
+    encode_reply,
+)
+from specdecode.exchange.messages import ExchangeError, ModelTokens
+from specdecode.exchange.scheduler import DraftScheduler, Session
+
+logger = logging.getLogger("specdecode.exchange")
+
+_MAX_HELLO_BYTES = 1 << 16
+_READ_AHEAD_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is granted to those who connect.
+
+    Attributes:
+        max_sessions: how many targets have a session at a time.
+        max_strangers: how many connections may be open that have not shown a key yet.
+        max_frame_bytes: the longest request.
+        max_unsent_bytes: how much may wait for a target that does not read its replies.
+        hello_timeout_s: how long a connection may take to show its key, and a key waits for its connection.
+    """
+
+    max_sessions: int = 64
+    max_strangers: int = 64
+    max_frame_bytes: int = 16 << 20
+    max_unsent_bytes: int = 32 << 20
+    hello_timeout_s: float = 5.0
+
+
+@dataclass(eq=False)
+class Ticket:
+    """The right to one session.
+
+    Attributes:
+        key: what the target shows.
+        ended: is done when the session is over.
+    """
+
+    key: bytes = field(default_factory=lambda: secrets.token_bytes(KEY_BYTES), repr=False)
+    ended: "Future[None]" = field(default_factory=Future)
+    writer: asyncio.StreamWriter | None = None
+
+
+class Listener:
+    """Listens on a thread of its own until it is closed.
+
+    Args:
+        scheduler: the draft's; from now on only that thread touches it.
+        limits: what is granted.
+        tls: the certificate to show; plain TCP if None.
+    """
+
+    def __init__(self, scheduler: DraftScheduler, limits: Limits | None = None, tls: ssl.SSLContext | None = None) -> None:
+        self.scheduler = scheduler
+        self._limits = limits or Limits()
+        self._tls = tls
+        self._tickets: list[Ticket] = []
+        self._sinks: dict[Session, Callable[[bytes], None]] = {}  # where the replies of each session go
+        self._callers: OrderedDict[str, Session] = OrderedDict()
+        self._num_strangers = 0
+        self._servers: dict[str, tuple[str, int]] = {}
+        self._loop = asyncio.new_event_loop()
+        self._arrived = asyncio.Event()
+        self._thread = threading.Thread(target=self._run, name="exchange", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    @property
+    def num_sessions(self) -> int:
+        """How many keys are given out, whether they were shown yet or not."""
+        return len(self._tickets)
+
+    def listen(self, host: str, ports: range | None = None) -> tuple[str, int]:
+        """Listens at an address, on the first free one of `ports`, or any; returns where. Once for each host is enough.
+
+        Raises:
+            ConfigError: nothing can be listened to there.
+        """
+        return asyncio.run_coroutine_threadsafe(self._listen(host, ports), self._loop).result()
+
+    @asynccontextmanager
+    async def admit(self) -> AsyncIterator[Ticket]:
+        """Gives a key out, for as long as the context lasts; leaving it ends the session. For any event loop.
+
+        Raises:
+            ExchangeError: there are too many sessions.
+        """
+        ticket = Ticket()
+        await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._add(ticket), self._loop))
+        try:
+            yield ticket
+        finally:
+            self._loop.call_soon_threadsafe(self._end, ticket)
+
+    async def call(self, caller: str, target: ModelTokens, frame: bytes) -> bytes:
+        """Answers a frame that did not come over a connection, of somebody who is trusted. For any event loop.
+
+        Raises:
+            ExchangeError: it is no request.
+        """
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._call(caller, target, frame), self._loop))
+
+    def close(self) -> None:
+        """Ends every session and the thread."""
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        worker = self._loop.create_task(self._work())
+        worker.add_done_callback(lambda _: self._loop.stop())  # without it nothing is drafted: the thread ends, and is missed
+        try:
+            self._loop.run_forever()
+        finally:
+            for ticket in list(self._tickets):
+                self._end(ticket)
+            for task in asyncio.all_tasks(self._loop):
+                task.cancel()
+            self._loop.run_until_complete(asyncio.sleep(0))
+            self._loop.close()
+
+    async def _work(self) -> None:
+        while True:
+            if not self.scheduler.has_work:
+                self._arrived.clear()
+                await self._arrived.wait()
+            try:
+                replies = self.scheduler.step()
+            except Exception:  # what broke one batch must not end the draft
+                logger.exception("a pass of the draft model failed; its sessions end with it")
+                for session in list(self._sinks):
+                    self._drop(session)
+                for ticket in [ticket for ticket in self._tickets if ticket.writer is not None]:
+                    self._end(ticket)
+                continue
+            for session, reply in replies:
+                if session in self._sinks:
+                    self._sinks[session](encode_reply(reply))
+            await asyncio.sleep(0)  # reads what has come meanwhile
+
+    async def _listen(self, host: str, ports: range | None) -> tuple[str, int]:
+        if host not in self._servers:
+            for port in ports or [0]:
+                try:
+                    server = await asyncio.start_server(self._serve, host, port, limit=_READ_AHEAD_BYTES, **self._security())
+                except OSError as error:
+                    if error.errno == errno.EADDRINUSE:
+                        continue
+                    raise ConfigError(f"exchange: cannot listen on {host}:{port}: {error.strerror}") from error
+                self._servers[host] = server.sockets[0].getsockname()[:2]
+                break
+            else:
+                raise ConfigError(f"exchange.ports: expected a free one on {host}, got {ports} all in use")
+        return self._servers[host]
+
+    def _security(self) -> dict[str, Any]:
+        return {"ssl": self._tls, "ssl_handshake_timeout": self._limits.hello_timeout_s} if self._tls else {}
+
+    async def _add(self, ticket: Ticket) -> None:
+        if len(self._tickets) >= self._limits.max_sessions:
+            raise ExchangeError("refused", f"there are {len(self._tickets)} sessions already")
+        self._tickets.append(ticket)
+        self._loop.call_later(self._limits.hello_timeout_s, self._expire, ticket)
+
+    def _expire(self, ticket: Ticket) -> None:
+        if ticket.writer is None:
+            self._end(ticket)
+
+    def _end(self, ticket: Ticket) -> None:
+        if ticket in self._tickets:
+            self._tickets.remove(ticket)
+        if ticket.writer is not None:
+            ticket.writer.close()
+        if not ticket.ended.done():
+            ticket.ended.set_result(None)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection, from its key to its end."""
+        tune(writer.get_extra_info("socket"))
+        ticket: Ticket | None = None
+        try:
+            ticket, target = await self._welcome(reader)
+            ticket.writer = writer
+            await self._converse(reader, writer, target)
+        except (SpecDecodeError, TimeoutError) as error:
+            logger.warning("a target's connection is refused: %s", error)
+            writer.write(encode(Kind.REFUSAL, str(error).encode()))
+        except (asyncio.IncompleteReadError, OSError):
+            pass  # the target has gone
+        finally:
+            writer.close()
+            if ticket is not None:
+                self._end(ticket)
+
+    async def _welcome(self, reader: asyncio.StreamReader) -> tuple[Ticket, ModelTokens]:
+        """Waits for the key."""
+        if self._num_strangers >= self._limits.max_strangers:
+            raise ExchangeError("refused", "too many connections without a key")
+        self._num_strangers += 1
+        try:
+            async with asyncio.timeout(self._limits.hello_timeout_s):
+                header = decode_header(await reader.readexactly(HEADER_BYTES), _MAX_HELLO_BYTES)
+                if header.kind != Kind.HELLO:
+                    raise ExchangeError("refused", "expected a hello")
+                payload = await reader.readexactly(header.num_bytes)
+        except TimeoutError as error:
+            raise ExchangeError("refused", "expected a hello, got none in time") from error
+        finally:
+            self._num_strangers -= 1
+        found = [ticket for ticket in self._tickets if hmac.compare_digest(ticket.key, payload[:KEY_BYTES])]
+        if not found or found[0].writer is not None:
+            raise ExchangeError("refused", "expected a key that was given out and not used yet")
+        return found[0], decode_hello(payload)
+
+    async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, target: ModelTokens) -> None:
+        session = self.scheduler.open(target)
+        self._sinks[session] = partial(self._send, session, writer)
+        try:
+            writer.write(encode(Kind.WELCOME))
+            while True:
+                header = decode_header(await reader.readexactly(HEADER_BYTES), self._limits.max_frame_bytes)
+                payload = await reader.readexactly(header.num_bytes)
+                if header.kind != Kind.REQUEST:
+                    raise ExchangeError("garbled", f"expected a request, got {header.kind.name}")
+                self.scheduler.submit(session, decode_request(header.round, payload))
+                self._arrived.set()
+        finally:
+            self._drop(session)
+
+    async def _call(self, caller: str, target: ModelTokens, frame: bytes) -> bytes:
+        header = decode_header(frame[:HEADER_BYTES], self._limits.max_frame_bytes)
+        request = decode_request(header.round, frame[HEADER_BYTES:])
+        session = self._callers.pop(caller, None) or self.scheduler.open(target)
+        self._callers[caller] = session
+        while len(self._callers) > self._limits.max_sessions:
+            self._drop(self._callers.popitem(last=False)[1])
+        reply: asyncio.Future[bytes] = self._loop.create_future()
+        self._sinks[session] = lambda frame: None if reply.done() else reply.set_result(frame)
+        self.scheduler.submit(session, request)
+        self._arrived.set()
+        return await asyncio.wait_for(reply, request.patience_s)
+
+    def _send(self, session: Session, writer: asyncio.StreamWriter, frame: bytes) -> None:
+        writer.write(frame)
+        if writer.transport.get_write_buffer_size() > self._limits.max_unsent_bytes:
+            logger.warning("a target does not read its replies: its session ends")
+            self._drop(session)
+            writer.transport.abort()
+
+    def _drop(self, session: Session) -> None:
+        self._sinks.pop(session, None)
+        self.scheduler.close(session)
