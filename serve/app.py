@@ -3,10 +3,13 @@
 `serve run`, `serve deploy` and `specdecode serve` all take the same file, whose `import_path` is `serve.app:build`.
 """
 
+import inspect
+from typing import Any
+
+import ray
 from ray import serve
 from ray.serve import Application
 
-from serve.channel import ModelTokens
 from serve.config import ServeConfig
 from serve.draft import DraftServer
 from serve.reader import Defaults
@@ -14,51 +17,112 @@ from serve.router import Router
 from serve.target import TargetServer
 from specdecode.backends.loading import read_config
 from specdecode.decoding.sequence import Route
+from specdecode.errors import ConfigError
+from specdecode.exchange.messages import ModelTokens
 from specdecode.text import Tokenizer
 from specdecode.vocabulary import translate
 
 # Calls beside the requests themselves, health checks and descriptions, that a replica must always have room for.
 _HEADROOM = 16
+# A router holds its clients' connections, which nobody can take over: those that it has are answered to the end. What a target
+# has not ended by then is resumed on another.
+_ROUTER_DRAIN_S, _TARGET_DRAIN_S = 600.0, 60.0
+# Requests that wait at Serve's proxy for a place at a router; the next one is refused there.
+_MAX_QUEUED = 256
 
 
 def build(config: ServeConfig) -> Application:
     """Wires a router to a target, and the target to its drafts, each a deployment of its own.
 
     Raises:
+        ConfigError: a deployment has an option that this version of Ray does not know, or options that do not go together.
         ModelError: a model has no tokenizer, or the tokenizers of a draft and the target have too little in common.
     """
+    return wire(config, {})
+
+
+def wire(
+    config: ServeConfig, overrides: dict[str, dict[str, Any]], draft_server: type[DraftServer] = DraftServer
+) -> Application:
+    """The same with some deployments' options changed, by name, as `serve deploy` does itself, or with other draft servers."""
     check_vocabularies(config)
     drafts = {name: draft for name, draft in config.draft_models.items() if draft.is_deployed}
     handles = {
-        name: serve.deployment(DraftServer)
-        .options(**{"name": f"Draft-{name}", "max_ongoing_requests": 64, **draft.deployment.options()})
-        .bind(draft)
+        name: _deployment(
+            draft_server, {"name": f"Draft-{name}", **_draft_options(config), **draft.deployment.options()}, overrides
+        ).bind(name, draft, config.exchange)
         for name, draft in drafts.items()
     }
-    engine = config.target.engine
-    target = (
-        serve.deployment(TargetServer)
-        .options(
-            **{
-                "name": "Target",
-                "max_ongoing_requests": engine.max_batch + engine.max_queued + _HEADROOM,
-                **config.target.deployment.options(),
-            }
-        )
-        .bind(config.target, config.drafts, handles)
+    target = _deployment(
+        TargetServer, {"name": "Target", **_target_options(config), **config.target.options()}, overrides
+    ).bind(config.target, config.drafts, handles, config.exchange)
+    return _deployment(
+        serve.ingress()(Router),
+        {"name": "Router", **_router_options(config), **config.router.deployment.options()},
+        overrides,
+    ).bind(
+        config.model_name,
+        config.target.model,
+        list(config.drafts),
+        Defaults(Route(config.default_draft, config.k), config.verifier),
+        config.router,
+        target,
     )
-    return (
-        serve.deployment(serve.ingress()(Router))
-        .options(**{"name": "Router", "max_ongoing_requests": 256, **config.router.deployment.options()})
-        .bind(
-            config.model_name,
-            config.target.model,
-            list(config.drafts),
-            Defaults(Route(config.default_draft, config.k) if config.default_draft else Route(), config.verifier),
-            config.router,
-            target,
-        )
-    )
+
+
+def deployment_names(config: ServeConfig) -> list[str]:
+    """What the deployments are called."""
+    return ["Router", "Target", *(f"Draft-{name}" for name, draft in config.draft_models.items() if draft.is_deployed)]
+
+
+def _deployment(cls: Any, options: dict[str, Any], overrides: dict[str, dict[str, Any]]) -> Any:
+    options = {**options, **overrides.get(options["name"], {})}
+    if unknown := options.keys() - inspect.signature(serve.deployment).parameters:
+        raise ConfigError(f"deployment {options['name']}: {min(unknown)}: Ray {ray.__version__} has no such option")
+    try:
+        return serve.deployment(**options)(cls)
+    except (TypeError, ValueError) as error:  # Serve says which options do not go together
+        raise ConfigError(f"deployment {options['name']}: {' '.join(str(error).split())}") from error
+
+
+def _num_places(config: ServeConfig) -> int:
+    """How many generations a replica of the target takes on at a time; it refuses the next one itself."""
+    return config.target.engine.max_batch + config.target.engine.max_queued
+
+
+def _router_options(config: ServeConfig) -> dict[str, Any]:
+    """A router has room for all that the targets take on: who comes then is refused by a target, in OpenAI's words."""
+    num_replicas = config.target.deployment.num_replicas
+    num_targets = num_replicas if isinstance(num_replicas, int) else 1
+    return {
+        "max_ongoing_requests": num_targets * _num_places(config) + _HEADROOM,
+        "max_queued_requests": _MAX_QUEUED,
+        "backpressure_config": {"status_code": 429, "retry_after_s": 1.0},
+        "graceful_shutdown_wait_loop_s": 0.5,
+        "graceful_shutdown_timeout_s": _ROUTER_DRAIN_S,
+        **_surge(100),
+    }
+
+
+def _target_options(config: ServeConfig) -> dict[str, Any]:
+    """A target that asks for no device of its own can be started beside the one that it replaces."""
+    return {
+        "max_ongoing_requests": _num_places(config) + _HEADROOM,
+        "graceful_shutdown_wait_loop_s": 0.5,
+        "graceful_shutdown_timeout_s": _TARGET_DRAIN_S,
+        **_surge(0 if config.target.wants_device else 100),
+    }
+
+
+def _surge(percent: int) -> dict[str, int]:
+    """By how many replicas an update may exceed their number, where Ray can do that (2.60)."""
+    is_known = "max_surge_percent" in inspect.signature(serve.deployment).parameters
+    return {"max_surge_percent": percent} if is_known else {}
+
+
+def _draft_options(config: ServeConfig) -> dict[str, Any]:
+    """Every target holds one call open as long as it works with the draft, which may be cut off at any time."""
+    return {"max_ongoing_requests": config.exchange.max_sessions + _HEADROOM, "graceful_shutdown_timeout_s": 2.0}
 
 
 def check_vocabularies(config: ServeConfig) -> None:

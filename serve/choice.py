@@ -2,12 +2,12 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
-from ray.exceptions import RayTaskError
-from ray.serve.handle import DeploymentHandle
-
+from serve.errors import DeadlineError
+from serve.resumption import Failover, Resumable, Targets
 from serve.target import Generation
 from serve.transcript import Piece, Transcript, Wording
 from specdecode.decoding.metrics import DecodingMetrics
@@ -19,27 +19,27 @@ class Choice:
 
     Args:
         index: its number within the request.
-        generate: the target's streaming method.
+        targets: the target's replicas.
         generation: what to generate.
         wording: what the text is to be.
         tokenizer: turns ids into text.
+        failover: how much is done when replicas are lost.
     """
 
     def __init__(
-        self, index: int, generate: DeploymentHandle, generation: Generation, wording: Wording, tokenizer: Tokenizer
+        self, index: int, targets: Targets, generation: Generation, wording: Wording, tokenizer: Tokenizer, failover: Failover
     ) -> None:
         self.index = index
         self.generation = generation
         self.metrics = DecodingMetrics()
         self.transcript = Transcript(tokenizer, wording)
-        self._generate = generate
+        self._resumable = Resumable(targets, generation, failover)
         self._is_echoed = wording.echo is not None
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """Yields the prompt if it is echoed, and a piece for each round; ends the generation when its text ends."""
         started = time.perf_counter()
-        rounds = self._generate.remote(self.generation)
-        try:
+        async with aclosing(self._resumable.rounds()) as rounds:
             async for round in rounds:
                 if self._is_echoed and self.metrics.num_target_passes == 0:
                     yield self.transcript.echo(self.generation.tokens, round.prompt_logprobs)
@@ -48,16 +48,22 @@ class Choice:
                 yield piece
                 if piece.finish_reason is not None:
                     return
-        except RayTaskError as error:
-            raise error.cause from error  # what the target raised, and not how it travelled
-        finally:
-            rounds.cancel()
+
+    @property
+    def num_resumptions(self) -> int:
+        """How many replicas were lost on the way."""
+        return self._resumable.num_resumptions
 
 
-async def merge(choices: list[Choice]) -> AsyncIterator[tuple[Choice, Piece]]:
-    """Yields the pieces of all choices as they come; the first error ends them all."""
+async def merge(choices: list[Choice], timeout_s: float | None = None) -> AsyncGenerator[tuple[Choice, Piece], None]:
+    """Yields the pieces of all choices as they come; the first error ends them all, and so does the timeout.
+
+    Raises:
+        DeadlineError: they took longer than `timeout_s`.
+    """
     ready: asyncio.Queue[tuple[Choice, Piece] | BaseException | None] = asyncio.Queue()
     pumps = [asyncio.create_task(_pump(choice, ready)) for choice in choices]
+    timer = timeout_s and asyncio.get_running_loop().call_later(timeout_s, ready.put_nowait, DeadlineError(timeout_s))
     try:
         num_open = len(pumps)
         while num_open:
@@ -69,6 +75,8 @@ async def merge(choices: list[Choice]) -> AsyncIterator[tuple[Choice, Piece]]:
             else:
                 yield item
     finally:
+        if timer:
+            timer.cancel()
         for pump in pumps:
             pump.cancel()
         await asyncio.gather(*pumps, return_exceptions=True)

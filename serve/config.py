@@ -1,14 +1,50 @@
 """How a deployment is set up: the arguments of `serve.app:build`, as a Serve config file holds them."""
 
+import inspect
+import ssl
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+from ray import serve
+from ray.serve.config import AutoscalingConfig
 
 from specdecode.backends.backend import ModelConfig
-from specdecode.config import StrictModel
+from specdecode.config import StrictModel, describe_validation_error
 from specdecode.decoding.drafters import DEFAULT_SUPPORT
 from specdecode.decoding.engine import EngineConfig
 from specdecode.decoding.sequence import VerifierName
+from specdecode.errors import ConfigError
+
+
+class BackpressureConfig(StrictModel):
+    """How a call is answered that finds the queue full."""
+
+    status_code: Literal[429, 503] = 429
+    retry_after_s: float | None = Field(default=1.0, ge=0)
+
+
+class ActorOptions(StrictModel):
+    """What one replica asks of its node."""
+
+    num_cpus: float | None = Field(default=None, ge=0, description="CPUs; 1 if unset")
+    num_gpus: float | None = Field(default=None, ge=0, description="whole GPUs, or a fraction of one")
+    memory: float | None = Field(default=None, ge=0, description="bytes of memory to reserve")
+    resources: dict[str, Annotated[float, Field(ge=0)]] | None = Field(default=None, description="custom resources")
+    accelerator_type: str | None = Field(default=None, description="a kind of GPU, by Ray's name for it, such as L4")
+    label_selector: dict[str, str] | None = Field(
+        default=None, description="labels that the node must have, such as {size: small}; {size: '!small'}: must not"
+    )
+    fallback_strategy: list[dict[str, Any]] | None = Field(
+        default=None, description="label selectors to try in turn where no node has the labels"
+    )
+    runtime_env: dict[str, Any] | None = Field(default=None, description="of the replica's process, such as env_vars")
+
+    @field_validator("num_gpus")
+    @classmethod
+    def _check_gpus(cls, num_gpus: float | None) -> float | None:
+        if num_gpus is not None and num_gpus > 1 and not num_gpus.is_integer():
+            raise ValueError("expected a fraction of one GPU, or whole ones")
+        return num_gpus
 
 
 class DeploymentConfig(StrictModel):
@@ -16,16 +52,64 @@ class DeploymentConfig(StrictModel):
 
     num_replicas: int | Literal["auto"] | None = Field(default=None, description="how many replicas; auto for autoscaling")
     autoscaling_config: dict[str, Any] | None = Field(default=None, description="Serve's autoscaling options")
-    ray_actor_options: dict[str, Any] | None = Field(default=None, description="num_cpus, num_gpus, resources, ...")
+    ray_actor_options: ActorOptions | None = Field(default=None, description="what each replica asks of its node")
+    placement_group_bundles: list[dict[str, Annotated[float, Field(ge=0)]]] | None = Field(
+        default=None, description="resources that each replica reserves together; itself it runs in the first bundle"
+    )
+    placement_group_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] | None = Field(
+        default=None, description="how the bundles lie on nodes; PACK if unset"
+    )
+    placement_group_bundle_label_selector: list[dict[str, str]] | None = Field(
+        default=None, description="labels that the node of each bundle must have; one selector is for all bundles"
+    )
+    max_replicas_per_node: int | None = Field(default=None, ge=1, le=100, description="no limit if unset")
     max_ongoing_requests: int | None = Field(default=None, gt=0, description="calls that a replica takes on at a time")
+    max_queued_requests: int | None = Field(default=None, ge=-1, description="calls that wait at each caller; -1 for no limit")
+    backpressure_config: BackpressureConfig | None = Field(default=None, description="the answer to a call beyond that limit")
     health_check_period_s: float | None = Field(default=None, gt=0)
     health_check_timeout_s: float | None = Field(default=None, gt=0)
     graceful_shutdown_wait_loop_s: float | None = Field(default=None, ge=0)
     graceful_shutdown_timeout_s: float | None = Field(default=None, ge=0)
+    rolling_update_percentage: float | None = Field(
+        default=None, gt=0, le=1, description="the share of the replicas that an update replaces at a time"
+    )
+    max_surge_percent: int | None = Field(
+        default=None, ge=0, le=100, description="how many more replicas there may be while an update runs; Ray 2.60"
+    )
 
     def options(self) -> dict[str, Any]:
         """The options that are set, for `Deployment.options`."""
         return self.model_dump(exclude_none=True)
+
+    @property
+    def wants_device(self) -> bool:
+        """Whether a replica asks for more than CPUs, and so for what may be free once only."""
+        actor = self.ray_actor_options or ActorOptions()
+        named = [actor.resources or {}, *(self.placement_group_bundles or [])]
+        return bool(actor.num_gpus) or any(resources.keys() - {"CPU", "memory"} for resources in named)
+
+    @field_validator("autoscaling_config")
+    @classmethod
+    def _check_autoscaling(cls, values: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Serve ignores an option that it does not know; a misspelt one must not be."""
+        for name in values or {}:
+            if name not in AutoscalingConfig.model_fields:
+                raise ValueError(f"{name}: unknown key, expected one of {', '.join(AutoscalingConfig.model_fields)}")
+        try:
+            AutoscalingConfig.model_validate(values or {}, strict=True)
+        except ValidationError as error:
+            raise ValueError(describe_validation_error(error)) from error
+        return values
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "DeploymentConfig":
+        """Serve says what does not go together; what an older Ray does not know is no matter here."""
+        known = inspect.signature(serve.deployment).parameters
+        try:
+            serve.deployment(**{name: value for name, value in self.options().items() if name in known})(object)
+        except (TypeError, ValueError) as error:
+            raise ValueError(" ".join(str(error).split())) from error
+        return self
 
 
 class DeployedModel(ModelConfig):
@@ -42,6 +126,38 @@ class TargetConfig(DeployedModel):
     """The model whose output it is, and its engine."""
 
     engine: EngineConfig = Field(default_factory=EngineConfig)
+
+    def options(self) -> dict[str, Any]:
+        """Those of the deployment; a replica of several processes reserves what it asks for as often, on one node."""
+        options = self.deployment.options()
+        if self.tp == 1:
+            return options
+        actor = {"num_cpus": 1.0, "num_gpus": 1.0, **options.get("ray_actor_options", {})}
+        named = {"CPU": actor["num_cpus"], "GPU": actor["num_gpus"], "memory": actor.get("memory", 0)}
+        named |= actor.get("resources", {})
+        if "accelerator_type" in actor:
+            named[f"accelerator_type:{actor['accelerator_type']}"] = 0.001  # as Ray counts it
+        bundle = {name: amount for name, amount in named.items() if amount > 0}
+        group: dict[str, Any] = {"placement_group_bundles": [bundle] * self.tp, "placement_group_strategy": "STRICT_PACK"}
+        if "label_selector" in actor:
+            group["placement_group_bundle_label_selector"] = [actor["label_selector"]]
+        return {**group, **options, "ray_actor_options": actor}
+
+    @property
+    def wants_device(self) -> bool:
+        """Whether a replica asks for more than CPUs, and so for what may be free once only."""
+        return DeploymentConfig.model_validate(self.options()).wants_device
+
+    @model_validator(mode="after")
+    def _check_bundles(self) -> "TargetConfig":
+        if self.tp == 1:
+            return self
+        bundles, strategy = self.deployment.placement_group_bundles, self.deployment.placement_group_strategy
+        if bundles is not None and len(bundles) < self.tp:
+            raise ValueError(f"deployment.placement_group_bundles: expected one for each of tp {self.tp}, got {len(bundles)}")
+        if strategy not in (None, "STRICT_PACK"):
+            raise ValueError(f"deployment.placement_group_strategy: expected STRICT_PACK with tp {self.tp}, got {strategy}")
+        return self
 
     @model_validator(mode="after")
     def _check_rows(self) -> "TargetConfig":
@@ -82,6 +198,10 @@ class DraftModelConfig(DeployedModel, _Lookup):
         default=0.0, ge=0, le=1, description="a draft ends where its model gives all of it less than this probability"
     )
     lookup_first: bool = Field(default=False, description="ask the model only where a lookup as of method ngram finds nothing")
+    run_ahead: bool = Field(
+        default=False,
+        description="draft on while the target verifies, as if it accepted everything; for a draft with a device of its own",
+    )
     deadline_s: float = Field(default=2.0, gt=0, description="an answer that takes longer is not waited for")
     retry_after_s: float = Field(default=1.0, ge=0, description="how long nothing is asked after a failure")
 
@@ -89,6 +209,12 @@ class DraftModelConfig(DeployedModel, _Lookup):
     def is_deployed(self) -> bool:
         """Whether it has a deployment of its own."""
         return self.placement == "deployment"
+
+    @model_validator(mode="after")
+    def _check_tp(self) -> "DraftModelConfig":
+        if self.tp > 1:
+            raise ValueError(f"tp: expected 1 of a draft, got {self.tp}")
+        return self
 
     @model_validator(mode="after")
     def _check_lookup_first(self) -> "DraftModelConfig":
@@ -109,15 +235,84 @@ DraftConfig = Annotated[
 ]
 
 
+class TlsConfig(StrictModel):
+    """Certificates for the connections between targets and drafts, as PEM files that every node has."""
+
+    certificate: str = Field(description="the draft's certificate, with those that sign it")
+    key: str = Field(description="its private key")
+    authority: str = Field(description="who must have signed it; the certificate itself if it is self-signed")
+
+    def server_context(self) -> ssl.SSLContext:
+        """What a draft shows."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.certificate, self.key)
+        return context
+
+    def client_context(self) -> ssl.SSLContext:
+        """What a target insists on; the name in the certificate is not compared, as a draft may run on any node."""
+        context = ssl.create_default_context(cafile=self.authority)
+        context.check_hostname = False
+        return context
+
+
+class ExchangeConfig(StrictModel):
+    """How targets and deployed drafts talk to each other."""
+
+    transport: Literal["tcp", "handle"] = Field(
+        default="tcp", description="tcp: a connection beside Serve; handle: a Serve call each round, to compare with"
+    )
+    ports: tuple[int, int] | None = Field(default=None, description="the first and the last port to listen on; any if unset")
+    max_sessions: int = Field(default=64, gt=0, description="how many targets a draft's replica takes on")
+    max_frame_bytes: int = Field(default=16 << 20, ge=1 << 12, description="the longest message")
+    tls: TlsConfig | None = Field(default=None, description="encrypts the connections; plain if unset")
+
+    @property
+    def port_range(self) -> range | None:
+        """The ports to try."""
+        return None if self.ports is None else range(self.ports[0], self.ports[1] + 1)
+
+    @model_validator(mode="after")
+    def _check_ports(self) -> "ExchangeConfig":
+        if self.ports is not None and not 0 < self.ports[0] <= self.ports[1] < 1 << 16:
+            raise ValueError(f"ports: expected two port numbers, the first not above the last, got {list(self.ports)}")
+        return self
+
+
 class RouterConfig(StrictModel):
     """The HTTP side: its deployment, and what a request may ask for."""
 
     deployment: DeploymentConfig = Field(default_factory=DeploymentConfig)
     max_body_bytes: int = Field(default=4 << 20, gt=0, description="the largest request body")
+    max_prompt_tokens: int | None = Field(default=None, gt=0, description="the longest prompt; the model's context if unset")
     max_choices: int = Field(default=32, gt=0, description="the most generations that one request may ask for")
     max_k: int = Field(default=16, ge=0, description="the most tokens that a request may have drafted in a round")
     max_stop: int = Field(default=16, ge=0, description="the most stop strings that a request may name")
+    max_stop_length: int = Field(default=256, gt=0, description="the most characters of a stop string, or of a bad word")
     max_logit_bias: int = Field(default=300, ge=0, description="the most tokens whose logits a request may change")
+    request_timeout_s: float | None = Field(default=None, gt=0, description="how long a request may take; no limit if unset")
+    failover_timeout_s: float = Field(
+        default=30.0, gt=0, description="how long a request waits for a replica of the target, at first and when it is lost"
+    )
+    max_resumptions: int = Field(
+        default=3, ge=0, description="on how many further replicas an answer is taken up at the most when its own is lost"
+    )
+    api_keys_env: str | None = Field(default=None, min_length=1, description="an environment variable that holds API keys")
+    api_keys_file: str | None = Field(default=None, min_length=1, description="a file that holds API keys, one a line")
+
+
+class RouterSettings(StrictModel):
+    """What may be changed of a running router, as the `user_config` of its deployment; what is unset is as in the arguments."""
+
+    default_draft: str | None = None
+    k: int | None = Field(default=None, ge=0)
+    verifier: VerifierName | None = None
+
+    def check(self, drafts: list[str], max_k: int, where: str) -> None:
+        """Raises a `ConfigError` unless there is such a draft, and it may draft so much; `where` names their origin."""
+        if self.default_draft is not None and self.default_draft not in drafts:
+            raise ConfigError(f"{where}: default_draft: expected one of {sorted(drafts)}, got {self.default_draft!r}")
+        if self.k is not None and self.k > max_k:
+            raise ConfigError(f"{where}: k: expected at most router.max_k ({max_k}), got {self.k}")
 
 
 class ServeConfig(StrictModel):
@@ -130,6 +325,7 @@ class ServeConfig(StrictModel):
     verifier: VerifierName = Field(default="rejection", description="how drafts are accepted unless a request says otherwise")
     served_model_name: str | None = Field(default=None, description="the model's name over HTTP; target.model if unset")
     router: RouterConfig = Field(default_factory=RouterConfig)
+    exchange: ExchangeConfig = Field(default_factory=ExchangeConfig)
 
     @property
     def model_name(self) -> str:

@@ -1,36 +1,126 @@
-"""A draft model in a replica: sequences in, guesses out."""
+"""A draft model in a replica: it listens for the targets that have a lease, and drafts for all of them together."""
 
 import asyncio
+import os
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from functools import partial
 
-from serve.channel import Ask, Guess, ModelTokens
-from serve.config import DraftModelConfig
+import ray
+
+from serve.config import DraftModelConfig, ExchangeConfig
+from serve.lease import Offer
+from serve.log import begin_log
+from serve.metrics import METRICS_PERIOD_S, Metrics
 from specdecode.backends.backend import ModelBackend, open_model
+from specdecode.backends.huggingface import HuggingFaceBackend
 from specdecode.decoding.drafters import ModelDrafter
+from specdecode.exchange.listener import Limits, Listener
+from specdecode.exchange.messages import ModelTokens
+from specdecode.exchange.scheduler import DraftScheduler, SchedulerConfig
 from specdecode.vocabulary import translate
+
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class DraftState:
+    """What a draft's replica holds: leases, sessions that were claimed, sequences of theirs, and requests under way.
+
+    `cache_fault` says what the model's cache has found wrong with itself.
+    """
+
+    pid: int
+    num_leases: int
+    num_sessions: int
+    num_sequences: int
+    num_pending: int
+    cache_fault: str | None
 
 
 class DraftServer:
-    """Guesses for any number of targets, one batch at a time.
+    """Guesses for any number of targets.
 
     Args:
+        name: the draft's.
         config: the draft model, and how it drafts.
+        exchange: how it talks to targets.
     """
 
-    def __init__(self, config: DraftModelConfig) -> None:
-        self._backend = open_model(config.model_config_only())
-        self._config = config
-        self._drafters: dict[ModelTokens, ModelDrafter] = {}
-        self._turn = asyncio.Lock()
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, name: str, config: DraftModelConfig, exchange: ExchangeConfig
+    ) -> None:
+        begin_log(config.model)
+        backend = open_model(config.model_config_only())
+        scheduling = SchedulerConfig(max_batch=config.max_rows, run_ahead=config.run_ahead)
+        scheduler = DraftScheduler(partial(model_drafter, backend, config), scheduling)
+        limits = Limits(max_sessions=exchange.max_sessions, max_frame_bytes=exchange.max_frame_bytes)
+        self._scheduler = scheduler
+        self._backend = backend
+        self._listener = Listener(scheduler, limits, exchange.tls.server_context() if exchange.tls else None)
+        self._ports = exchange.port_range
+        self._node_id = ray.get_runtime_context().get_node_id()
+        self._metrics = Metrics()
+        self._tasks = [asyncio.create_task(self._metrics.keep_exporting()), asyncio.create_task(self._keep_counting(name))]
 
-    async def propose(self, asks: list[Ask], target: ModelTokens) -> list[Guess]:
-        """Drafts for each sequence of a target."""
-        async with self._turn:
-            return await asyncio.to_thread(self._propose, asks, target)
+    async def lease(self, node_id: str) -> AsyncIterator[Offer]:
+        """Offers a connection to a target on that node, and lasts as long as the connection.
 
-    def _propose(self, asks: list[Ask], target: ModelTokens) -> list[Guess]:
-        if target not in self._drafters:  # to compare two vocabularies takes a while
-            self._drafters[target] = model_drafter(self._backend, self._config, target)
-        return [Guess.of(draft) for draft in self._drafters[target].propose([ask.sequence() for ask in asks])]
+        Raises:
+            ExchangeError: there are too many targets.
+        """
+        # The node's address is listened to only if somebody on another node asks.
+        host = LOOPBACK if node_id == self._node_id else ray.util.get_node_ip_address()
+        async with self._listener.admit() as ticket:
+            address = await asyncio.to_thread(self._listener.listen, host, self._ports)
+            yield Offer(*address, ticket.key)
+            await asyncio.wrap_future(ticket.ended)
+
+    async def exchange(self, caller: str, target: ModelTokens, frame: bytes) -> bytes:
+        """Answers one frame of a target that has no connection."""
+        return await self._listener.call(caller, target, frame)
+
+    async def inspect(self) -> DraftState:
+        """What there is at the moment; nothing is left where no target is."""
+        num_leases = self._listener.num_sessions
+
+        def look(scheduler: DraftScheduler) -> DraftState:
+            return DraftState(
+                os.getpid(),
+                num_leases,
+                scheduler.num_sessions,
+                scheduler.num_sequences,
+                scheduler.num_pending,
+                cache_fault(self._backend),
+            )
+
+        return await self._listener.inspect(look)
+
+    async def check_health(self) -> None:
+        """Raises if the thread that drafts is gone, upon which Serve replaces the replica."""
+        if not self._listener.is_alive:
+            raise RuntimeError("the thread that drafts has ended")
+
+    async def _keep_counting(self, name: str) -> None:
+        """Reports what the scheduler has counted, for ever."""
+        num_ahead = num_used = 0
+        while True:
+            counted = self._scheduler.metrics
+            self._metrics.set("specdecode_exchange_sessions", self._listener.num_sessions, name)
+            self._metrics.add("specdecode_run_ahead_tokens", counted.num_ahead - num_ahead, name)
+            self._metrics.add("specdecode_run_ahead_used_tokens", counted.num_ahead_used - num_used, name)
+            num_ahead, num_used = counted.num_ahead, counted.num_ahead_used
+            await asyncio.sleep(METRICS_PERIOD_S)
+
+
+def cache_fault(backend: ModelBackend) -> str | None:
+    """What the backend's cache finds wrong with itself; to be asked between two passes, where they are made."""
+    if isinstance(backend, HuggingFaceBackend):
+        try:
+            backend.cache.check()
+        except AssertionError as error:
+            return str(error) or "a check failed"
+    return None
 
 
 def model_drafter(backend: ModelBackend, config: DraftModelConfig, target: ModelTokens) -> ModelDrafter:

@@ -1,7 +1,6 @@
 """What was generated in, the bodies of OpenAI's answers out."""
 
 import time
-import uuid
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,14 +33,15 @@ class Envelope:
         model: the model's name.
         names: what tokens are called.
         detail: what the bodies say beside the text.
+        request_id: names the answer.
     """
 
-    def __init__(self, kind: Literal["chat", "text"], model: str, names: TokenNames, detail: Detail) -> None:
+    def __init__(self, kind: Literal["chat", "text"], model: str, names: TokenNames, detail: Detail, request_id: str) -> None:
         self._is_chat = kind == "chat"
         self._names = names
         self._detail = detail
         self._head = {
-            "id": f"{'chatcmpl' if self._is_chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "id": f"{'chatcmpl' if self._is_chat else 'cmpl'}-{request_id}",
             "created": int(time.time()),
             "model": model,
         }

@@ -6,8 +6,7 @@ from typing import Any
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from ray.exceptions import RayActorError
-from ray.serve.exceptions import BackPressureError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -17,11 +16,47 @@ from specdecode.errors import OverloadedError, RequestError
 logger = logging.getLogger("ray.serve")
 
 RETRY_AFTER_S = 1
+_HEADERS = {
+    401: {"WWW-Authenticate": "Bearer"},
+    429: {"Retry-After": str(RETRY_AFTER_S)},
+    503: {"Retry-After": str(RETRY_AFTER_S)},
+}
 _HTTP_NAMES = {"bad_words_ids": "bad_words"}  # what the decoder calls otherwise than the request
 
 
 class UnknownModelError(RequestError):
     """A request names a model that is not served here."""
+
+
+class ApiKeyError(Exception):
+    """A request bears no valid key."""
+
+
+class UnavailableError(Exception):
+    """There is no target, now; trying again later helps."""
+
+
+class DeadlineError(Exception):
+    """A request took longer than it may.
+
+    Args:
+        timeout_s: how long that is.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        super().__init__(f"the request took longer than {timeout_s:g} s, and was cancelled")
+
+
+_EXPECTED = (
+    RequestValidationError,
+    StarletteHTTPException,
+    RequestError,
+    OverloadedError,
+    BackPressureError,
+    UnavailableError,
+    DeploymentUnavailableError,
+    DeadlineError,
+)
 
 
 def describe_error(error: Exception) -> tuple[int, ErrorBody]:
@@ -37,8 +72,14 @@ def describe_error(error: Exception) -> tuple[int, ErrorBody]:
             return error.status_code, _body(str(error.detail), "invalid_request_error")
         case OverloadedError() | BackPressureError():
             return 429, _body(str(error), "rate_limit_error", code="overloaded")
-        case RayActorError():
-            return 503, _body("the model's replica was lost while it answered: try again", "server_error", code="replica_lost")
+        case ApiKeyError():
+            return 401, _body(str(error), "invalid_request_error", code="invalid_api_key")
+        case DeploymentUnavailableError():
+            return 503, _body("the model could not be deployed", "server_error", code="unavailable")
+        case UnavailableError():
+            return 503, _body(str(error), "server_error", code="unavailable")
+        case DeadlineError():
+            return 504, _body(str(error), "server_error", code="timeout")
         case _:
             logger.error("a request failed", exc_info=error)
             return 500, _body("internal error: see the server's log", "server_error")
@@ -47,7 +88,7 @@ def describe_error(error: Exception) -> tuple[int, ErrorBody]:
 def error_response(error: Exception) -> JSONResponse:
     """The whole HTTP answer to a request that failed."""
     status, body = describe_error(error)
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if status in (429, 503) else getattr(error, "headers", None)
+    headers = _HEADERS.get(status) or getattr(error, "headers", None)
     return JSONResponse(body.model_dump(), status, headers)
 
 
@@ -57,8 +98,9 @@ def install_error_handlers(app: FastAPI) -> None:
     async def handle(_: Request, error: Exception) -> JSONResponse:
         return error_response(error)
 
-    for kind in (RequestValidationError, StarletteHTTPException, Exception):
+    for kind in _EXPECTED:
         app.add_exception_handler(kind, handle)
+    app.add_exception_handler(Exception, handle)  # which Starlette raises once more after the answer, for the log
 
 
 class BodyLimit:

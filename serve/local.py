@@ -11,17 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Since 2.59 a local Ray asks for a token unless it is told otherwise; this one listens on loopback only.
+# A local Ray asks for a token, which it makes if there is none yet; since 2.59 that is its default too. Whoever reaches an open
+# one can run any code as this user.
 if "RAY_ADDRESS" not in os.environ:
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 import ray
 from pydantic import BaseModel, ValidationError
 from ray import serve
-from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
+from ray.serve.schema import DeploymentSchema, ServeApplicationSchema, ServeDeploySchema
 
-from serve.app import build, check_vocabularies
-from serve.config import ServeConfig
+from serve.app import check_vocabularies, deployment_names, wire
+from serve.config import DeploymentConfig, RouterSettings, ServeConfig
+from serve.keys import ApiKeys
 from specdecode.config import check_config, describe_validation_error, read_yaml
 from specdecode.errors import ConfigError
 
@@ -38,6 +40,7 @@ class Deployment:
         config: the arguments of `serve.app:build`.
         host, port: where the HTTP proxy listens.
         proxy_location: on which nodes it does.
+        overrides: options of deployments, by name, that take the place of those in the arguments.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Deployment:
     host: str
     port: int
     proxy_location: str
+    overrides: dict[str, dict[str, Any]]
 
     @property
     def url(self) -> str:
@@ -73,6 +77,7 @@ def load_deployment(path: str | Path, port: int | None = None) -> Deployment:
     _check_keys(values["applications"][0], ServeApplicationSchema, path)
     config = check_config(dict(application.args), ServeConfig, where=f"{path}: applications.0.args")
     check_vocabularies(config)
+    overrides = _overrides(application, values["applications"][0].get("deployments", []), config, path)
     return Deployment(
         name=application.name,
         route_prefix=application.route_prefix or "/",
@@ -80,7 +85,34 @@ def load_deployment(path: str | Path, port: int | None = None) -> Deployment:
         host=schema.http_options.host,
         port=schema.http_options.port if port is None else port,
         proxy_location=schema.proxy_location.value,
+        overrides=overrides,
     )
+
+
+def _overrides(
+    application: ServeApplicationSchema, values: list[dict[str, Any]], config: ServeConfig, path: str | Path
+) -> dict[str, dict[str, Any]]:
+    """What the application's `deployments` change, checked as far as that can be done before they are there."""
+    overrides: dict[str, dict[str, Any]] = {}
+    for number, (deployment, given) in enumerate(zip(application.deployments, values, strict=True)):
+        where = f"{path}: applications.0.deployments.{number}"
+        _check_keys(given, DeploymentSchema, where)
+        names = deployment_names(config)
+        if deployment.name not in names:
+            raise ConfigError(f"{where}.name: expected one of {', '.join(names)}, got {deployment.name!r}")
+        ours = {key: value for key, value in given.items() if key in DeploymentConfig.model_fields}
+        check_config(ours, DeploymentConfig, where)
+        options = deployment.model_dump(exclude_unset=True, exclude={"name"})
+        if options.get("user_config") is not None:
+            _check_user_config(deployment.name, options["user_config"], config, f"{where}.user_config")
+        overrides[deployment.name] = options
+    return overrides
+
+
+def _check_user_config(name: str, values: dict[str, Any], config: ServeConfig, where: str) -> None:
+    if name != "Router":
+        raise ConfigError(f"{where}: only Router takes one, not {name}")
+    check_config(values, RouterSettings, where).check(list(config.drafts), config.router.max_k, where)
 
 
 def _check_keys(values: dict[str, Any], schema: type[BaseModel], path: str | Path) -> None:
@@ -92,17 +124,27 @@ def _check_keys(values: dict[str, Any], schema: type[BaseModel], path: str | Pat
 
 @contextmanager
 def deployed(deployment: Deployment, *, quiet: bool = False) -> Iterator[str]:
-    """Deploys, waits until it answers, and yields the dashboard's address; takes everything down again at the end.
+    """Deploys, waits until it answers, and yields where the dashboard is; takes everything down again at the end.
 
     Ray is started on this machine unless RAY_ADDRESS names a cluster or this process is connected to one already.
     """
+    app = wire(deployment.config, deployment.overrides)
+    if "RAY_ADDRESS" not in os.environ:
+        ApiKeys.load(deployment.config.router, os.environ)  # the router does so itself, but less clearly
+    with started(deployment, quiet=quiet):
+        serve.run(app, name=deployment.name, route_prefix=deployment.route_prefix)
+        yield f"{dashboard_url()}{_token_hint()}"
+
+
+@contextmanager
+def started(deployment: Deployment, *, quiet: bool = False) -> Iterator[None]:
+    """Ray and Serve, as `deployed` needs them; takes down whatever was deployed by that name at the end."""
     is_ours = not ray.is_initialized()
     if is_ours:
         _connect(deployment, quiet)
     try:
         serve.start(proxy_location=deployment.proxy_location, http_options={"host": deployment.host, "port": deployment.port})
-        serve.run(build(deployment.config), name=deployment.name, route_prefix=deployment.route_prefix)
-        yield dashboard_url()
+        yield
     finally:
         serve.delete(deployment.name)  # lets running requests end
         if is_ours:
@@ -113,6 +155,11 @@ def dashboard_url() -> str:
     """The Ray dashboard's address; empty if there is none."""
     url = ray.get_runtime_context().gcs_address and ray._private.worker.get_dashboard_url()
     return f"http://{url}" if url else ""
+
+
+def _token_hint() -> str:
+    """How to get the token that the dashboard asks for, if it does."""
+    return "  (its token: ray get-auth-token)" if os.environ.get("RAY_AUTH_MODE") == "token" else ""
 
 
 def wait_for_signal() -> None:

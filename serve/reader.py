@@ -3,7 +3,7 @@
 from collections.abc import Sequence as Several
 from dataclasses import dataclass
 
-from serve.config import RouterConfig
+from serve.config import RouterConfig, RouterSettings
 from serve.schema import NO_DRAFT, ChatRequest, CompletionRequest, GenerationRequest
 from serve.target import Generation, TargetInfo
 from serve.transcript import Wording
@@ -20,6 +20,13 @@ class Defaults:
 
     route: Route
     verifier: VerifierName
+
+    def changed(self, settings: RouterSettings) -> "Defaults":
+        """These, but for what the settings say."""
+        is_drafter_set = "default_draft" in settings.model_fields_set
+        drafter = settings.default_draft if is_drafter_set else self.route.drafter
+        route = Route(drafter, self.route.k if settings.k is None else settings.k)
+        return Defaults(route, settings.verifier or self.verifier)
 
 
 class Reader:
@@ -49,12 +56,14 @@ class Reader:
             RequestError: it asks for what there is not.
         """
         parts = _parts(body.prompt)
+        self._check_counts(body, len(parts))
         prompts = [self._tokenizer.encode(part) if isinstance(part, str) else part for part in parts]
         echoes = [self._text(part) if body.echo else None for part in parts]
         return self._jobs(body, prompts, body.max_tokens, echoes)
 
     def chat(self, body: ChatRequest) -> list[Job]:
         """What a chat's answer is made of; see `completion`."""
+        self._check_counts(body, 1)
         prompt = self._tokenizer.encode_chat([{"role": turn.role, "content": turn.text} for turn in body.messages])
         max_tokens = body.max_completion_tokens or body.max_tokens or max(1, self._target.max_length - len(prompt))
         return self._jobs(body, [prompt], max_tokens, [None])
@@ -62,7 +71,6 @@ class Reader:
     def _jobs(
         self, body: GenerationRequest, prompts: list[list[int]], max_tokens: int, echoes: Several[str | None]
     ) -> list[Job]:
-        self._check_counts(body, len(prompts))
         for prompt in prompts:
             self._check_prompt(prompt, max_tokens)
         route = self._route(body)
@@ -115,12 +123,17 @@ class Reader:
     def _check_counts(self, body: GenerationRequest, num_prompts: int) -> None:
         _check_at_most("n", num_prompts * body.n, self._config.max_choices, " generations")
         _check_at_most("stop", len(body.stop_strings), self._config.max_stop, " strings")
+        for name, texts in (("stop", body.stop_strings), ("bad_words", body.bad_words)):
+            _check_at_most(name, max(map(len, texts), default=0), self._config.max_stop_length, " characters each")
+        for name, tokens in (("allowed_token_ids", body.allowed_token_ids or []), ("stop_token_ids", body.stop_token_ids)):
+            _check_at_most(name, len(tokens), self._target.vocab_size, " tokens")
         _check_at_most("logit_bias", len(body.logit_bias), self._config.max_logit_bias, " tokens")
 
     def _check_prompt(self, prompt: list[int], max_tokens: int) -> None:
         limit = self._target.max_length
         if not prompt:
             raise RequestError("prompt: expected at least one token, got none", "prompt")
+        _check_at_most("prompt", len(prompt), self._config.max_prompt_tokens or limit, " tokens")
         if len(prompt) + max(1, max_tokens) > limit:
             raise RequestError(
                 f"the model's context is {limit} tokens, but the prompt has {len(prompt)} and max_tokens is {max_tokens}",

@@ -4,25 +4,44 @@ A request is read, and sent to a target as ids; the rounds that stream back are 
 and the target sees no text.
 """
 
+import asyncio
 import json
+import logging
+import os
+import secrets
 import time
-from collections.abc import AsyncIterator
-from typing import Any, Literal
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
+from starlette.types import Receive, Scope, Send
 
+from serve.access import Access, AccessLog
 from serve.choice import Choice, merge
-from serve.config import RouterConfig
+from serve.config import RouterConfig, RouterSettings
 from serve.envelope import Detail, Envelope, usage
-from serve.errors import BodyLimit, UnknownModelError, describe_error, install_error_handlers
+from serve.errors import BodyLimit, UnavailableError, UnknownModelError, describe_error, install_error_handlers
+from serve.keys import ApiKeys, KeyCheck
 from serve.logprobs import TokenNames
+from serve.metrics import Metrics
 from serve.reader import Defaults, Job, Reader
+from serve.resumption import Failover
 from serve.schema import ChatRequest, CompletionRequest, GenerationRequest, ModelCard, ModelList, Usage
 from serve.target import TargetInfo
 from serve.transcript import Piece
+from specdecode.config import check_config
+from specdecode.errors import ConfigError
 from specdecode.text import Tokenizer
+
+logger = logging.getLogger("ray.serve")
+
+_RETRY_PERIOD_S = 1.0
 
 
 class Router:
@@ -48,19 +67,51 @@ class Router:
     ) -> None:
         self._model = model
         self._drafts = drafts
-        self._max_body_bytes = config.max_body_bytes
+        self._config = config
+        self._keys = ApiKeys.load(config, os.environ)
+        self._metrics = Metrics()
+        self._exporting = asyncio.create_task(self._metrics.keep_exporting())
+        self._failover = Failover(config.failover_timeout_s, config.max_resumptions)
         self._tokenizer = Tokenizer(tokenizer)
         self._created = int(time.time())
-        self._generate = target.options(method_name="generate", stream=True)
-        self._target: TargetInfo = await target.options(method_name="describe").remote()
-        self._reader = Reader(self._tokenizer, self._target, drafts, defaults, config)
-        self._names = TokenNames(self._tokenizer, self._target.vocab_size)
+        self._given_defaults = self._defaults = defaults
+        # gRPC: the target notices a router that was killed, which it does not where Ray's own calls carry the stream.
+        self._targets = target.options(method_name="generate", stream=True, _by_reference=False)
+        self._known: _Known | None = None
+        self._meeting = asyncio.create_task(self._meet(target.options(method_name="describe")))
+
+    async def _meet(self, describe: DeploymentHandle) -> None:
+        """Waits until the target is loaded; meanwhile every request is told so."""
+        while self._known is None:
+            try:
+                info: TargetInfo = await describe.remote()
+                self._known = _Known(info, TokenNames(self._tokenizer, info.vocab_size))
+            except (RayError, RayServeException) as error:  # noqa: PERF203  once a second
+                logger.warning("the target does not answer yet: %r", error)
+                await asyncio.sleep(_RETRY_PERIOD_S)
+
+    # Serve tells of a user_config that is taken away only if the rank is asked for too.
+    def reconfigure(self, user_config: dict[str, Any] | None, rank: object = None) -> None:  # noqa: ARG002
+        """Changes what applies unless a request says otherwise, see `RouterSettings`; requests that run keep what they have.
+
+        A mistake is an error in the log, and changes nothing: were it raised, Serve would take every router down.
+        """
+        try:
+            settings = check_config(user_config or {}, RouterSettings, where="user_config of Router")
+            settings.check(self._drafts, self._config.max_k, where="user_config of Router")
+        except ConfigError as error:
+            logger.error("refused, all stays as it is: %s", error)
+            return
+        self._defaults = self._given_defaults.changed(settings)
+        logger.info("what applies unless a request says otherwise is now %s", self._defaults)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Makes the HTTP routes of this router."""
         app = FastAPI(title="SpecDecode", description="Lossless speculative decoding behind OpenAI's API")
         install_error_handlers(app)
-        app.add_middleware(BodyLimit, max_bytes=self._max_body_bytes)
+        app.add_middleware(BodyLimit, max_bytes=self._config.max_body_bytes)
+        app.add_middleware(KeyCheck, keys=self._keys)
+        app.add_middleware(AccessLog, metrics=self._metrics)  # the last is the first that a request meets
         app.get("/health")(self.health)
         app.get("/v1/models")(self.models)
         app.get("/v1/models/{model:path}")(self.model)
@@ -70,6 +121,7 @@ class Router:
 
     async def health(self) -> dict[str, str]:
         """Answers once the target is loaded."""
+        self._target()
         return {"status": "ok"}
 
     async def models(self) -> ModelList:
@@ -81,65 +133,116 @@ class Router:
         self._check_model(model)
         return self._card()
 
-    async def completions(self, body: CompletionRequest) -> Response:
+    async def completions(self, body: CompletionRequest, request: Request) -> Response:
         """Continues one or several prompts."""
         self._check_model(body.model)
-        return await self._answer(body, self._reader.completion(body), "text")
+        return await self._answer(Access.of(request.scope), body, self._reader().completion(body), "text")
 
-    async def chat_completions(self, body: ChatRequest) -> Response:
+    async def chat_completions(self, body: ChatRequest, request: Request) -> Response:
         """Answers a conversation."""
         self._check_model(body.model)
-        return await self._answer(body, self._reader.chat(body), "chat")
+        return await self._answer(Access.of(request.scope), body, self._reader().chat(body), "chat")
 
-    async def _answer(self, body: GenerationRequest, jobs: list[Job], kind: Literal["chat", "text"]) -> Response:
+    async def _answer(
+        self, access: Access, body: GenerationRequest, jobs: list[Job], kind: Literal["chat", "text"]
+    ) -> Response:
         """Generates all that the request asks for, and answers in one piece or as a stream of events."""
         detail = Detail(body.num_logprobs, body.prompt_logprobs, body.speculative_decoding.rounds)
-        envelope = Envelope(kind, self._model, self._names, detail)
-        choices = [Choice(index, self._generate, *job, self._tokenizer) for index, job in enumerate(jobs)]
-        pieces = merge(choices)
+        envelope = Envelope(kind, self._model, self._target().names, detail, access.id)
+        choices = access.choices = [self._choice(f"{access.id}-{index}", index, job) for index, job in enumerate(jobs)]
+        limits = [limit for limit in (access.timeout_s, self._config.request_timeout_s) if limit is not None]
+        pieces = merge(choices, min(limits, default=None))
         if body.stream:
             # The first piece is awaited here, so that a request which the target refuses still gets its status.
             first = await anext(pieces)
-            events = _events(_chain(first, pieces), choices, body, envelope)
-            return StreamingResponse(events, media_type="text/event-stream")
-        async for _ in pieces:
-            pass
+            return EventStream(_events(_chain(first, pieces), choices, body, envelope, access))
+        async with aclosing(pieces):
+            async for _ in pieces:
+                pass
         return JSONResponse(envelope.whole(choices, _usage(choices, body)))
+
+    def _choice(self, id: str, index: int, job: Job) -> Choice:
+        """One of a request's generations. Its seed is chosen here, so that any replica can go on where another was lost."""
+        generation, wording = job
+        generation = replace(generation, id=id, seed=secrets.randbits(64))
+        return Choice(index, self._targets, generation, wording, self._tokenizer, self._failover)
+
+    def _target(self) -> "_Known":
+        if self._known is None:
+            raise UnavailableError("the model is still loading: try again later")
+        return self._known
+
+    def _reader(self) -> Reader:
+        return Reader(self._tokenizer, self._target().info, self._drafts, self._defaults, self._config)
 
     def _check_model(self, model: str) -> None:
         if model != self._model:
             raise UnknownModelError(f"model {model!r} is not served here: expected {self._model!r}", "model")
 
     def _card(self) -> ModelCard:
-        return ModelCard(id=self._model, created=self._created, max_model_len=self._target.max_length, drafts=self._drafts)
+        return ModelCard(
+            id=self._model, created=self._created, max_model_len=self._target().info.max_length, drafts=self._drafts
+        )
+
+
+class _Known(NamedTuple):
+    """The target, once it is loaded, and what its tokens are called."""
+
+    info: TargetInfo
+    names: TokenNames
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events; when the client leaves, their source is closed at once, and not when it is found to be garbage."""
+
+    def __init__(self, events: AsyncGenerator[str, None]) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See the ASGI specification."""
+        async with aclosing(self._events):
+            await super().__call__(scope, receive, send)
 
 
 async def _events(
-    pieces: AsyncIterator[tuple[Choice, Piece]], choices: list[Choice], body: GenerationRequest, envelope: Envelope
-) -> AsyncIterator[str]:
+    pieces: AsyncGenerator[tuple[Choice, Piece], None],
+    choices: list[Choice],
+    body: GenerationRequest,
+    envelope: Envelope,
+    access: Access,
+) -> AsyncGenerator[str, None]:
     """The server-sent events of a stream; an error ends it with an error body."""
-    for choice in choices:
-        if opening := envelope.opening(choice):
-            yield _event(opening)
-    try:
-        async for choice, piece in pieces:
-            yield _event(envelope.chunk(choice, piece))
-    except Exception as error:
-        yield _event(describe_error(error)[1].model_dump())
-        return
-    if body.stream_options.include_usage:
-        yield _event(envelope.closing(_usage(choices, body)))
-    yield "data: [DONE]\n\n"
+    access.error = "cancelled"  # unless it comes to an end
+    async with aclosing(pieces):
+        for choice in choices:
+            if opening := envelope.opening(choice):
+                yield _event(opening)
+        try:
+            async for choice, piece in pieces:
+                yield _event(envelope.chunk(choice, piece))
+        except Exception as error:
+            _, described = describe_error(error)
+            access.error = described.error.code or described.error.type
+            yield _event(described.model_dump())
+            return
+        access.error = None
+        if body.stream_options.include_usage:
+            yield _event(envelope.closing(_usage(choices, body)))
+        yield "data: [DONE]\n\n"
 
 
 def _usage(choices: list[Choice], body: GenerationRequest) -> Usage:
     return usage([choice.generation.tokens for choice in choices[:: body.n]], choices)
 
 
-async def _chain(first: tuple[Choice, Piece], rest: AsyncIterator[tuple[Choice, Piece]]) -> AsyncIterator[tuple[Choice, Piece]]:
-    yield first
-    async for pair in rest:
-        yield pair
+async def _chain(
+    first: tuple[Choice, Piece], rest: AsyncGenerator[tuple[Choice, Piece], None]
+) -> AsyncGenerator[tuple[Choice, Piece], None]:
+    async with aclosing(rest):
+        yield first
+        async for pair in rest:
+            yield pair
 
 
 def _event(body: dict[str, Any]) -> str:

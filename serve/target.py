@@ -2,31 +2,97 @@
 
 import asyncio
 import logging
+import os
 import queue
+import secrets
 import threading
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import Sequence as Several
+from concurrent.futures import Future
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
+from ray import serve
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from serve.channel import HandleChannel, ModelTokens, RemoteDrafter
-from serve.config import DraftConfig, DraftModelConfig, NgramConfig, TargetConfig
-from serve.draft import model_drafter
-from specdecode.backends.backend import open_model
+from serve.config import DraftConfig, DraftModelConfig, ExchangeConfig, NgramConfig, TargetConfig
+from serve.draft import cache_fault, model_drafter
+from serve.lease import LeaseKeeper
+from serve.log import begin_log
+from serve.metrics import Metrics, TargetMetrics
+from serve.ranks import Ranks
+from specdecode.backends.backend import ModelBackend, open_model
+from specdecode.backends.huggingface import HuggingFaceBackend
 from specdecode.decoding.drafters import ChainDrafter, Drafter, PromptLookupDrafter, RoutedDrafter
 from specdecode.decoding.engine import Engine
-from specdecode.decoding.sequence import Round, Route, SamplingParams, Sequence
+from specdecode.decoding.sequence import Round, Route, SamplingParams, Sequence, TokenLogprob
+from specdecode.exchange.messages import ModelTokens
+from specdecode.exchange.remote import RemoteDrafter
 
 logger = logging.getLogger("ray.serve")
+
+T = TypeVar("T")
+Observer = Callable[[Engine, list[tuple[Sequence, Round]]], None]
+
+# An item of a stream must stay far below the 4 MiB that gRPC takes; this many tokens' log-probabilities are about 0.5 MiB.
+_MAX_PROMPT_LOGPROBS = 1024
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What a target is asked to do: prompt ids, how to sample, and which draft guesses."""
+    """What a target is asked to do.
+
+    Attributes:
+        tokens: the prompt, and what was generated of the answer already.
+        params: how to sample.
+        route: which draft guesses.
+        id: names the generation in the log.
+        num_prompt_tokens: how many of `tokens` are the prompt; 0 for all.
+        seed: for the random numbers, where `params` leave it open. Not in `params`: a seed there is a promise of the same
+            answer again, for which drafts keep their full length.
+    """
 
     tokens: list[int]
     params: SamplingParams
     route: Route
+    id: str = ""
+    num_prompt_tokens: int = 0
+    seed: int | None = None
+
+    def sequence(self) -> Sequence:
+        """The sequence to decode; its id is unique, whoever uses the generation's id again."""
+        id = f"{self.id}/{secrets.token_hex(4)}"
+        sequence = Sequence(self.tokens, self.params, self.route, id=id, num_prompt_tokens=self.num_prompt_tokens)
+        if self.params.seed is None and self.seed is not None:
+            sequence.seed = self.seed
+        return sequence
+
+    def continued(self, tokens: list[int], *, has_prompt_logprobs: bool) -> "Generation":
+        """The same after some of it is done: `tokens` were generated, and the prompt's log-probabilities perhaps reported."""
+        if not tokens:
+            return self
+        params = replace(self.params, prompt_logprobs=None) if has_prompt_logprobs else self.params
+        num_prompt_tokens = self.num_prompt_tokens or len(self.tokens)
+        return replace(self, tokens=self.tokens + tokens, params=params, num_prompt_tokens=num_prompt_tokens)
+
+
+@dataclass(frozen=True)
+class Admission:
+    """The first item of a stream: the engine of this replica has taken the generation on."""
+
+    replica_id: str
+
+
+@dataclass(frozen=True)
+class PromptLogprobs:
+    """Log-probabilities of the next of a prompt's tokens; those of the first round come before it, in parts."""
+
+    values: list[TokenLogprob]
+
+
+Item = Admission | PromptLogprobs | list[Round]
 
 
 @dataclass(frozen=True)
@@ -37,6 +103,29 @@ class TargetInfo:
     vocab_size: int
 
 
+@dataclass(frozen=True)
+class TargetState:
+    """What a target's replica holds.
+
+    Attributes:
+        num_running, num_queued: sequences that have a place, and that wait for one.
+        num_streams: generations that somebody listens to.
+        num_rows, num_rows_in_use: rows of the cache that remember something, and those of sequences that run; the others may be
+            dropped at any time.
+        connected: for each draft with a deployment, whether it is leased.
+        cache_fault: what the cache has found wrong with itself.
+    """
+
+    pid: int
+    num_running: int
+    num_queued: int
+    num_streams: int
+    num_rows: int
+    num_rows_in_use: int
+    connected: dict[str, bool]
+    cache_fault: str | None
+
+
 class TargetServer:
     """Decodes the requests of all routers together.
 
@@ -44,14 +133,32 @@ class TargetServer:
         config: the model and the engine's limits.
         drafts: every draft by name.
         handles: the deployments of those that have one.
+        exchange: how to talk to those.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, config: TargetConfig, drafts: dict[str, DraftConfig], handles: dict[str, DeploymentHandle]
+        self,
+        config: TargetConfig,
+        drafts: dict[str, DraftConfig],
+        handles: dict[str, DeploymentHandle],
+        exchange: ExchangeConfig,
     ) -> None:
-        self._backend = open_model(config.model_config_only())
+        begin_log(config.model)
+        model = config.model_config_only()
+        ranks = Ranks(model) if model.tp > 1 else None
+        self._backend = ranks.backend if ranks else open_model(model)
+        self._exchange = exchange
+        self._keepers: list[asyncio.Task[None]] = []
+        self._remote: dict[str, RemoteDrafter] = {}
         drafters = {name: self._drafter(name, draft, handles) for name, draft in drafts.items()}
-        self._worker = EngineThread(Engine(self._backend, RoutedDrafter(drafters), config.engine))
+        metrics = Metrics()
+        observe = TargetMetrics(metrics, list(self._remote.values()), config.max_rows).observe
+        self._worker = EngineThread(
+            Engine(self._backend, RoutedDrafter(drafters), config.engine), observe, ranks.end_if_lost if ranks else None
+        )
+        self._exporting = asyncio.create_task(metrics.keep_exporting())
+        self._replica_id = _replica_id()
+        self._watch = asyncio.create_task(ranks.watch()) if ranks else None
 
     def _drafter(self, name: str, draft: DraftConfig, handles: dict[str, DeploymentHandle]) -> Drafter:
         lookup = PromptLookupDrafter(draft.prompt_lookup_max, draft.prompt_lookup_min)
@@ -64,28 +171,44 @@ class TargetServer:
         target = ModelTokens.of(self._backend)
         if not draft.is_deployed:
             return model_drafter(open_model(draft.model_config_only()), draft, target)
-        return RemoteDrafter(
-            name,
-            HandleChannel(handles[name]),
-            target,
-            asyncio.get_running_loop(),
-            deadline_s=draft.deadline_s,
-            retry_after_s=draft.retry_after_s,
-        )
+        drafter = RemoteDrafter(name, target.vocab_size, deadline_s=draft.deadline_s)
+        self._remote[name] = drafter
+        keeper = LeaseKeeper(drafter, handles[name], target, draft, self._exchange)
+        self._keepers.append(asyncio.create_task(keeper.keep()))
+        return drafter
 
     async def describe(self) -> TargetInfo:
         """What the router must know."""
         return TargetInfo(self._backend.max_length, self._backend.vocab_size)
 
-    async def generate(self, generation: Generation) -> AsyncIterator[Round]:
-        """Streams the rounds of one generation; whoever stops listening cancels it.
+    async def generate(self, generation: Generation) -> AsyncIterator[Item]:
+        """Streams one generation: an `Admission`, then all rounds that are ready at a time; to stop listening cancels it.
 
         Raises:
             RequestError: the prompt does not fit.
             OverloadedError: the queue is full.
         """
-        async for round in self._worker.stream(Sequence(generation.tokens, generation.params, generation.route)):
-            yield round
+        async with aclosing(self._worker.stream(generation.sequence())) as stream:
+            async for rounds in stream:
+                if not rounds:
+                    yield Admission(self._replica_id)
+                    continue
+                for part in _prompt_logprobs(rounds[0]):
+                    yield part
+                yield [replace(rounds[0], prompt_logprobs=None), *rounds[1:]]
+
+    async def inspect(self) -> TargetState:
+        """What there is at the moment; only memos are left where nothing runs."""
+        num_streams = self._worker.num_streams
+        connected = {name: drafter.is_connected for name, drafter in self._remote.items()}
+
+        def look(engine: Engine) -> TargetState:
+            rows = _remembered(self._backend)
+            in_use = rows & {sequence.id for sequence in engine.running}
+            counts = (engine.num_running, engine.num_queued, num_streams, len(rows), len(in_use))
+            return TargetState(os.getpid(), *counts, connected, cache_fault(self._backend))
+
+        return await self._worker.inspect(look)
 
     async def check_health(self) -> None:
         """Raises if the engine's thread is gone, upon which Serve replaces the replica."""
@@ -93,32 +216,63 @@ class TargetServer:
 
 
 class EngineThread:
-    """Runs an engine on a thread, and gives each sequence's rounds to whoever awaits them on the event loop."""
+    """Runs an engine on a thread, and gives each sequence's rounds to whoever awaits them on the event loop.
 
-    def __init__(self, engine: Engine) -> None:
+    Args:
+        engine: what to run.
+        observe: is shown each round, on the thread.
+        on_failure: is called when a round has failed, before those hear of it whose round it was.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        observe: Observer = lambda engine, rounds: None,  # noqa: ARG005
+        on_failure: Callable[[], None] | None = None,
+    ) -> None:
         self._engine = engine
+        self._observe = observe
+        self._on_failure = on_failure
         self._loop = asyncio.get_running_loop()
-        self._orders: queue.SimpleQueue[tuple[str, Sequence]] = queue.SimpleQueue()
-        self._streams: dict[str, asyncio.Queue[Round | BaseException]] = {}
+        self._orders: queue.SimpleQueue[tuple[str, Sequence | Callable[[], None]]] = queue.SimpleQueue()
+        self._streams: dict[Sequence, asyncio.Queue[Round | Exception | None]] = {}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    async def stream(self, sequence: Sequence) -> AsyncIterator[Round]:
-        """Submits the sequence and yields its rounds; cancels it when the caller leaves."""
-        rounds: asyncio.Queue[Round | BaseException] = asyncio.Queue()
-        self._streams[sequence.id] = rounds
+    async def stream(self, sequence: Sequence) -> AsyncGenerator[list[Round], None]:
+        """Submits the sequence; yields none once it is taken on, then its rounds as they come; to leave cancels it."""
+        ready: asyncio.Queue[Round | Exception | None] = asyncio.Queue()
+        self._streams[sequence] = ready
         self._orders.put(("submit", sequence))
         try:
             while True:
-                item = await rounds.get()
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-                if item.finish_reason is not None:
+                rounds = await _all_ready(ready)
+                yield rounds
+                if rounds and rounds[-1].finish_reason is not None:
                     return
         finally:
-            del self._streams[sequence.id]
+            del self._streams[sequence]
             self._orders.put(("cancel", sequence))
+
+    @property
+    def num_streams(self) -> int:
+        """How many sequences somebody listens to."""
+        return len(self._streams)
+
+    async def inspect(self, look: Callable[[Engine], T]) -> T:
+        """Lets `look` see the engine between two rounds."""
+        seen: Future[T] = Future()
+
+        def show() -> None:
+            if not seen.set_running_or_notify_cancel():  # whoever asked has left
+                return
+            try:
+                seen.set_result(look(self._engine))
+            except Exception as error:  # is told to whoever asked
+                seen.set_exception(error)
+
+        self._orders.put(("inspect", show))
+        return await asyncio.wrap_future(seen)
 
     def check(self) -> None:
         """Raises unless the thread is alive."""
@@ -132,28 +286,75 @@ class EngineThread:
                 rounds = self._engine.step()
             except Exception as error:  # what broke one batch must not end the replica
                 logger.exception("a round failed; its requests fail with it")
+                if self._on_failure:
+                    self._on_failure()
                 self._engine.cancel_all()
-                self._deliver([(id, error) for id in list(self._streams)])
+                self._deliver([(sequence, error) for sequence in list(self._streams)])
             else:
-                self._deliver([(sequence.id, round) for sequence, round in rounds])
+                self._deliver(list(rounds))
+                self._observe(self._engine, rounds)
 
     def _take_orders(self) -> None:
         """Carries out what was asked for since the last round; waits for it when there is nothing else to do."""
         while not self._engine.has_work or not self._orders.empty():
             order, sequence = self._orders.get()
+            if not isinstance(sequence, Sequence):
+                sequence()
+                continue
             if order == "cancel":
                 self._engine.cancel(sequence)
+                ending = sequence.finish_reason or "cancelled"
+                logger.info("generation id=%s ending=%s tokens=%d", sequence.id, ending, sequence.num_generated)
                 continue
             try:
                 self._engine.submit(sequence)
             except Exception as error:
-                self._deliver([(sequence.id, error)])
+                self._deliver([(sequence, error)])
+            else:
+                self._deliver([(sequence, None)])
 
-    def _deliver(self, items: list[tuple[str, Round]] | list[tuple[str, Exception]]) -> None:
+    def _deliver(self, items: Several[tuple[Sequence, Round | Exception | None]]) -> None:
         if items:
             self._loop.call_soon_threadsafe(self._hand_out, items)
 
-    def _hand_out(self, items: list[tuple[str, Round]] | list[tuple[str, Exception]]) -> None:
-        for id, item in items:
-            if id in self._streams:
-                self._streams[id].put_nowait(item)
+    def _hand_out(self, items: Several[tuple[Sequence, Round | Exception | None]]) -> None:
+        for sequence, item in items:
+            if sequence in self._streams:
+                self._streams[sequence].put_nowait(item)
+
+
+async def _all_ready(ready: "asyncio.Queue[Round | Exception | None]") -> list[Round]:
+    """Waits for an item, and takes the rounds that are there then; none for the news that the sequence is taken on."""
+    item = await ready.get()
+    if item is None:
+        return []
+    items = [item]
+    while not ready.empty() and (item := ready.get_nowait()) is not None:
+        items.append(item)
+    rounds = []
+    for item in items:
+        if isinstance(item, Exception):
+            raise item
+        rounds.append(item)
+    return rounds
+
+
+def _prompt_logprobs(round: Round) -> Iterator[PromptLogprobs]:
+    """A round's log-probabilities of the prompt, in parts."""
+    values = round.prompt_logprobs
+    if values is not None:
+        for start in range(0, max(1, len(values)), _MAX_PROMPT_LOGPROBS):
+            yield PromptLogprobs(values[start : start + _MAX_PROMPT_LOGPROBS])
+
+
+def _remembered(backend: ModelBackend) -> set[str]:
+    """The sequences that have a row in the backend's cache."""
+    return {row.id for row in backend.cache.rows if row.id} if isinstance(backend, HuggingFaceBackend) else set()
+
+
+def _replica_id() -> str:
+    """The name that Serve gives this replica; none outside of Serve."""
+    try:
+        return serve.get_replica_context().replica_id.unique_id
+    except RayServeException:
+        return ""

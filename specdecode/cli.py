@@ -8,7 +8,7 @@ from collections.abc import Sequence as Arguments
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import Field
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from specdecode.text import Tokenizer
 
 VerifierName = Literal["rejection", "block", "coupled"]  # of decoding.sequence, which takes seconds to import
+_Config = TypeVar("_Config", bound=StrictModel)
 _FLAG: dict[str, Any] = {"action": "store_true", "default": None}
 
 
@@ -114,11 +115,31 @@ def _parser() -> argparse.ArgumentParser:
     overhead.add_argument("--config", help="a YAML file")
     overhead.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as vocab_size=32000 or batch=1")
 
+    synthetic = commands.add_parser("synthetic", help="make a target and a draft of any shape that agree as often as you say")
+    synthetic.set_defaults(run=_synthetic)
+    synthetic.add_argument("--output", required=True, metavar="FOLDER", help="where the folders target and draft are written")
+    synthetic.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as num_layers=24 or seed=1")
+
     benchmark = commands.add_parser("benchmark", help="compare drafts with plain decoding, prompt by prompt in turns")
     benchmark.set_defaults(run=_benchmark)
     benchmark.add_argument("--config", required=True, help="such as configs/tiny/benchmark.yaml")
     benchmark.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the file")
     benchmark.add_argument("--output", help="write one JSON line per generation to this file")
+
+    exchange = commands.add_parser("exchange", help="measure what each way to a draft adds to the draft's own work")
+    exchange.set_defaults(run=_exchange)
+    exchange.add_argument("--config", help="a YAML file")
+    exchange.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as batches=[1,4] or K=3")
+
+    remote = commands.add_parser("remote", help="compare a draft in this process with one in another, and running ahead")
+    remote.set_defaults(run=_remote)
+    remote.add_argument("--config", help="a YAML file")
+    remote.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as target_core=0 draft_core=1")
+
+    http = commands.add_parser("http", help="compare streams over HTTP with the bare engine")
+    http.set_defaults(run=_http)
+    http.add_argument("--config", help="a YAML file")
+    http.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as concurrency=[1,8]")
 
     serve = commands.add_parser("serve", help="deploy on Ray Serve, and stay up until Ctrl-C")
     serve.set_defaults(run=_serve)
@@ -207,14 +228,19 @@ def _config(parsed: argparse.Namespace) -> None:
             print(f"# {name}: {estimate_memory(model.model_config_only()).describe()}")
 
 
+def _optional_config(parsed: argparse.Namespace, kind: type[_Config]) -> _Config:
+    """The file's keys if there is a file, with those that are set over them."""
+    if parsed.config:
+        return load_config(parsed.config, kind, parsed.set)
+    return check_config(with_overrides({}, parsed.set), kind, where=kind.__name__)
+
+
 def _overhead(parsed: argparse.Namespace) -> None:
     from rich.table import Table
 
     from specdecode.evaluation.overhead import OverheadConfig, measure_overhead, measure_prefix_reuse, measure_share
 
-    config = load_config(parsed.config, OverheadConfig, parsed.set) if parsed.config else None
-    if config is None:
-        config = check_config(with_overrides({}, parsed.set), OverheadConfig, where="overhead")
+    config = _optional_config(parsed, OverheadConfig)
     title = f"batch {config.batch}, K {config.K}, vocabulary {config.vocab_size}: median ms of a round without forward passes"
     table = Table(title=title, box=None)
     for heading in ("setting", "round", "drafting", "constraints", "distributions", "acceptance", "tokens kept"):
@@ -234,6 +260,21 @@ def _overhead(parsed: argparse.Namespace) -> None:
     for reuse in measure_prefix_reuse(config):
         prefix.add_row(str(reuse.num_shared), str(reuse.num_computed), f"{reuse.ttft_ms:.1f}")
     _print_tables(table, share, prefix)
+
+
+def _synthetic(parsed: argparse.Namespace) -> None:
+    from transformers.utils import logging
+
+    from specdecode.backends.synthetic import SyntheticConfig, save_pair
+
+    logging.disable_progress_bar()
+    config = check_config(with_overrides({}, parsed.set), SyntheticConfig, where="synthetic")
+    target, draft, figures = save_pair(config, parsed.output)
+    print(f"target     {target}  ({figures.num_target_parameters / 1e6:.1f} M parameters)")
+    print(f"draft      {draft}  ({figures.num_draft_parameters / 1e6:.1f} M parameters)")
+    print(f"agreement  {figures.agreement:.3f}  (likeliest tokens; {config.agreement} was asked for)")
+    print(f"overlap    {figures.overlap:.3f}  (of the distributions at temperature 1)")
+    print(f"entropy    {figures.entropy:.2f} nats; the later layers are scaled by {figures.residual_scale:.4f}")
 
 
 def _print_tables(*tables: "Table") -> None:
@@ -274,6 +315,74 @@ def _benchmark(parsed: argparse.Namespace) -> None:
             f"{row.verify_ms:.2f}",
             str(row.num_different),
         )
+    _print_tables(table)
+
+
+def _exchange(parsed: argparse.Namespace) -> None:
+    from rich.table import Table
+
+    from serve.ladder import LadderConfig, measure_ladder
+
+    config = _optional_config(parsed, LadderConfig)
+    title = f"K {config.K}, q of {config.support} tokens: ms from asking for drafts to having them, less the draft's own work"
+    table = Table(title=title, box=None)
+    for heading in ("way", "batch", "p50", "p90", "p99", "draft's work"):
+        table.add_column(heading, justify="left" if heading == "way" else "right")
+    for row in measure_ladder(config):
+        times = (row.p50_ms, row.p90_ms, row.p99_ms, row.draft_ms)
+        table.add_row(row.rung, str(row.batch), *(f"{value:.2f}" for value in times))
+    _print_tables(table)
+
+
+def _remote(parsed: argparse.Namespace) -> None:
+    from rich.table import Table
+
+    from specdecode.evaluation.remote import RemoteConfig, measure_remote, summarise
+
+    config = _optional_config(parsed, RemoteConfig)
+    table = Table(title=f"{config.target} with {config.draft}, K {config.K}, temperature {config.temperature:g}", box=None)
+    headings = (
+        "draft",
+        "batch",
+        "tok/s",
+        "to local",
+        "acceptance",
+        "wait ms",
+        "verify ms",
+        "exchange ms",
+        "ahead",
+        "different",
+    )
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "draft" else "right", no_wrap=True)
+    for row in summarise(list(measure_remote(config)), config.temperature):
+        table.add_row(
+            row.arm,
+            str(row.batch),
+            f"{row.tokens_per_second:.1f}",
+            f"{row.to_local:.2f}x",
+            f"{row.acceptance_rate:.3f}",
+            f"{row.wait_ms:.2f}",
+            f"{row.verify_ms:.2f}",
+            f"{row.exchange_ms:.2f}",
+            f"{row.ahead_rate:.0%}",
+            str(row.num_different),
+        )
+    _print_tables(table)
+
+
+def _http(parsed: argparse.Namespace) -> None:
+    from rich.table import Table
+
+    from serve.http_speed import HttpSpeedConfig, measure_http
+
+    config = _optional_config(parsed, HttpSpeedConfig)
+    table = Table(title=f"{config.serve}, draft {config.draft}, K {config.K}: medians of {config.num_repeats}", box=None)
+    for heading in ("", "streams", "tok/s", "to engine", "first token ms", "over engine ms"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for row in measure_http(config):
+        figures = (f"{row.tokens_per_second:.1f}", f"{row.to_engine:.2f}x", f"{row.ttft_ms:.1f}", f"{row.extra_ttft_ms:.1f}")
+        table.add_row(row.side, str(row.concurrency), *figures)
     _print_tables(table)
 
 

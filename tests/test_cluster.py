@@ -18,7 +18,8 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import start
 from ray.serve.schema import DeploymentSchema, ServeDeploySchema
 
-from serve.config import DeploymentConfig, ServeConfig
+from serve.config import DeploymentConfig, ServeConfig, TargetConfig
+from serve.metrics import METRICS
 from specdecode.config import check_config
 
 ROOT = Path(__file__).parents[1]
@@ -147,7 +148,7 @@ def nodes_of(name: str, folder: Path) -> dict[str, NodeType]:
 
 def demand(deployment: DeploymentConfig) -> Resources:
     """What one replica asks for; Serve reserves one CPU where nothing is said."""
-    options = deployment.ray_actor_options or {}
+    options = deployment.options().get("ray_actor_options", {})
     named = {"CPU": options.get("num_cpus", 1), "GPU": options.get("num_gpus", 0), **options.get("resources", {})}
     return {name: amount for name, amount in amounts(named).items() if amount}
 
@@ -422,41 +423,15 @@ def test_the_examples_for_a_serve_file_name_options_that_there_are() -> None:
         DeploymentSchema.model_validate(deployment)
     [deployment] = [example["deployment"] for example in examples if "deployment" in example]
     check_config(deployment, DeploymentConfig, where="docs/deployment.md")
+    [target] = [example["target"] for example in examples if "target" in example]
+    check_config(target, TargetConfig, where="docs/deployment.md")
 
 
 # The metrics that the dashboard may show, and the labels of each beside those of Serve.
-COUNTERS = {
-    "specdecode_spec_decode_num_drafts": {"draft", "domain"},
-    "specdecode_spec_decode_num_draft_tokens": {"draft", "domain"},
-    "specdecode_spec_decode_num_accepted_tokens": {"draft", "domain"},
-    "specdecode_spec_decode_num_accepted_tokens_per_pos": {"draft", "domain", "position"},
-    "specdecode_prompt_tokens": set(),
-    "specdecode_generation_tokens": {"draft", "domain"},
-    "specdecode_target_passes": {"draft", "domain"},
-    "specdecode_request_success": {"finished_reason"},
-    "specdecode_request_errors": {"code"},
-    "specdecode_request_resumptions": set(),
-    "specdecode_draft_fallbacks": {"draft", "cause"},
-    "specdecode_routing_choices": {"draft", "domain"},
-    "specdecode_run_ahead_tokens": {"draft"},
-    "specdecode_run_ahead_used_tokens": {"draft"},
-}
-GAUGES = {
-    "specdecode_num_requests_running": set(),
-    "specdecode_num_requests_waiting": set(),
-    "specdecode_kv_rows_used": set(),
-    "specdecode_kv_rows": set(),
-    "specdecode_exchange_sessions": {"draft"},
-}
-HISTOGRAMS = {
-    "specdecode_time_to_first_token_seconds": set(),
-    "specdecode_time_per_output_token_seconds": set(),
-    "specdecode_e2e_request_latency_seconds": set(),
-    "specdecode_round_draft_seconds": {"draft"},
-    "specdecode_round_verify_seconds": set(),
-    "specdecode_batch_size": set(),
-    "specdecode_exchange_seconds": {"draft"},
-}
+COUNTERS, GAUGES, HISTOGRAMS = (
+    {name: set(metric.labels) for name, metric in METRICS.items() if metric.kind == kind}
+    for kind in ("counter", "gauge", "histogram")
+)
 SERVE_LABELS = {"deployment", "replica", "application"}
 ROWS = ["Speculation", "Latency", "Engine", "Exchange", "Router"]
 

@@ -15,13 +15,14 @@ LAYERS = {
     "specdecode.vocabulary": 3,
     "specdecode.backends": 3,
     "specdecode.decoding": 4,
-    "specdecode.training": 5,
-    "specdecode.routing": 5,
-    "specdecode.evaluation": 5,
-    "specdecode": 5,  # the public names, in specdecode/__init__.py alone
-    "specdecode.cli": 6,
-    "serve": 6,
-    "jobs": 6,
+    "specdecode.exchange": 5,
+    "specdecode.training": 6,
+    "specdecode.routing": 6,
+    "specdecode.evaluation": 6,
+    "specdecode": 6,  # the public names, in specdecode/__init__.py alone
+    "specdecode.cli": 7,
+    "serve": 7,
+    "jobs": 8,
 }
 EDGE_ONLY = {"ray", "fastapi", "starlette", "uvicorn"}
 MODULES = sorted(path for folder in ("specdecode", "serve", "jobs") for path in (ROOT / folder).rglob("*.py"))
@@ -95,7 +96,7 @@ def test_every_module_belongs_to_a_layer():
         ("specdecode.cli", "def run():\n    import ray"),
         ("specdecode.routing.router", "def run():\n    from serve.app import build"),
         ("serve.app", "from jobs import train_draft"),
-        ("jobs.train_draft", "from serve.app import build"),
+        ("serve.local", "from jobs.drills import run_drills"),
     ],
 )
 def test_an_import_that_points_up_or_sideways_is_found(module, source):
@@ -108,6 +109,7 @@ def test_an_import_that_points_up_or_sideways_is_found(module, source):
         ("specdecode.cli", "def serve():\n    from serve.local import deployed"),
         ("specdecode.decoding.loop", "from specdecode.decoding.drafters import Drafter\nimport torch"),
         ("serve.app", "import ray\nfrom specdecode import generate"),
+        ("jobs.drills", "from serve.app import wire"),
         ("jobs.benchmark", "from ray import data\nfrom specdecode.evaluation.speed import measure_speed"),
     ],
 )

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from specdecode.config import StrictModel
+from specdecode.errors import ModelError
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,14 @@ class ModelConfig(StrictModel):
         description="auto: as stored on a GPU, float32 on a CPU",
     )
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
+    device_map: str | dict[str, int | str] | None = Field(
+        default=None,
+        description="over several GPUs, one layer after the other: auto, balanced, balanced_low_0, sequential, or the GPU's "
+        "number for each module, as accelerate takes it",
+    )
+    tp: int = Field(
+        default=1, gt=0, description="of a target: over so many GPUs, each with a part of every layer and its own process"
+    )
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
         default="auto", description="auto: sdpa, and eager for models that sdpa would change; flash_attention_2 on a GPU"
     )
@@ -86,12 +95,39 @@ class ModelConfig(StrictModel):
     prefill_chunk: int = Field(default=512, gt=0, description="how many prompt tokens one forward pass takes at the most")
     preallocate: bool = Field(default=False, description="take the cache's whole memory at load, not as it fills")
 
+    @model_validator(mode="after")
+    def _check_devices(self) -> "ModelConfig":
+        check_devices(self.device, self.device_map, self.tp, self.compile, self.quantization, self.adapter)
+        return self
+
+
+def check_devices(
+    device: str,
+    device_map: str | dict[str, int | str] | None,
+    tp: int,
+    compile: bool,
+    quantization: dict[str, Any] | None,
+    adapter: str | None,
+) -> None:
+    """Raises a `ModelError` if options say different things of where the model is to be."""
+    if tp < 1:
+        raise ModelError(f"tp: expected at least 1, got {tp}")
+    beside: dict[str, Any] = {"device": None if device == "auto" else device}
+    if tp > 1:
+        beside |= {"device_map": device_map, "compile": compile or None, "quantization": quantization, "adapter": adapter}
+    if tp > 1 or device_map is not None:
+        for name, value in beside.items():
+            if value is not None:
+                raise ModelError(f"{'tp' if tp > 1 else 'device_map'}: expected no {name} beside it, got {name} {value!r}")
+
 
 def create_backend(
     name_or_path: str | Path,
     dtype: str | torch.dtype = "auto",
     device: str = "auto",
     *,
+    device_map: str | dict[str, int | str] | None = None,
+    tp: int = 1,
     attn_implementation: str = "auto",
     compile: bool = False,
     quantization: dict[str, Any] | None = None,
@@ -107,6 +143,10 @@ def create_backend(
         name_or_path: such as "Qwen/Qwen2.5-7B", "checkpoints/draft-code/best" or "tiny/target".
         dtype: "float32", "bfloat16" or "float16"; "auto" is the stored one on a GPU and float32 on a CPU.
         device: "cpu", "cuda", "cuda:1"; "auto" is the first GPU if there is one.
+        device_map: spreads the layers over several GPUs in place of `device`: "auto", "balanced", "balanced_low_0" or
+            "sequential", or {module: GPU} as accelerate takes it, such as {"model.layers.0": 0, ...}.
+        tp: the degree of tensor parallelism: this is one of so many processes, which torch.distributed connects, each with a
+            GPU and a part of every layer. While the first one calls `logits`, the others must `follow`.
         attn_implementation: "sdpa", "eager" or, on a GPU, "flash_attention_2"; "auto" is sdpa, and eager for models that sdpa
             would change, such as Gemma 2.
         compile: compiles the forward pass, which makes the first calls slow and those after faster.
@@ -126,6 +166,8 @@ def create_backend(
         str(name_or_path),
         dtype=dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch."),
         device=device,
+        device_map=device_map,
+        tp=tp,
         attn_implementation=attn_implementation,
         compile=compile,
         quantization=quantization,

@@ -1,16 +1,18 @@
 """Any transformers causal language model: a ragged batch of tokens in, logits out, one forward pass."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
 
 import torch
 
 from specdecode.backends import flash
-from specdecode.backends.backend import Row
+from specdecode.backends.backend import Row, check_devices
 from specdecode.backends.kv_cache import RowCache
 from specdecode.backends.loading import eos_token_ids, load_model, mask_kinds, read_config, resolve_device, resolve_length
 from specdecode.backends.memory import readable_bytes, shape_cache
+from specdecode.backends.ranks import Ranks
 from specdecode.errors import ModelError
 from specdecode.text import Tokenizer
 
@@ -19,6 +21,7 @@ class HuggingFaceBackend:
     """A `ModelBackend` over a transformers model and a cache of rows; see `create_backend` for the arguments.
 
     Attributes:
+        device: of the logits; that of the output layer where layers are on several.
         num_computed_tokens: how many tokens have gone through the model since it was opened, padding not counted.
     """
 
@@ -28,6 +31,8 @@ class HuggingFaceBackend:
         *,
         dtype: str = "auto",
         device: str = "auto",
+        device_map: str | dict[str, int | str] | None = None,
+        tp: int = 1,
         attn_implementation: str = "auto",
         compile: bool = False,
         quantization: dict[str, Any] | None = None,
@@ -38,22 +43,28 @@ class HuggingFaceBackend:
         preallocate: bool = False,
     ) -> None:
         self.name = name_or_path
-        self.device = resolve_device(device)
+        check_devices(device, device_map, tp, compile, quantization, adapter)
+        first_device = resolve_device(device, device_map)
         config = read_config(name_or_path)
         text_config = config.get_text_config()
         self._mask_kinds = mask_kinds(text_config, name_or_path)
         self.max_length: int = resolve_length(max_length, text_config, name_or_path)
+        self._ranks = Ranks(tp, max_rows) if tp > 1 else None
         self.model = load_model(
             name_or_path,
             config,
             dtype=dtype,
-            device=self.device,
+            device=first_device,
+            device_map=device_map,
+            tp=tp,
             attn_implementation=attn_implementation,
             quantization=quantization,
             adapter=adapter,
         )
         self._run = torch.compile(self.model, dynamic=True) if compile else self.model
-        self.vocab_size: int = self.model.get_output_embeddings().weight.shape[0]
+        head = self.model.get_output_embeddings().weight
+        self.vocab_size: int = head.shape[0]
+        self.device: torch.device = head.device
         self.eos_token_ids = eos_token_ids(self.model.generation_config, config)
         self.num_computed_tokens = 0
         self._sliding_window: int = getattr(text_config, "sliding_window", None) or self.max_length
@@ -78,9 +89,30 @@ class HuggingFaceBackend:
     @torch.inference_mode()
     def logits(self, rows: Sequence[Row]) -> torch.Tensor:
         """Scores the rows, computing only what the cache does not remember; see `ModelBackend.logits`."""
+        with self._ranks.step(rows) if self._ranks else nullcontext():
+            return self._logits(rows)
+
+    @torch.inference_mode()
+    def follow(self) -> None:
+        """Makes every pass that the first of the model's processes makes, until that ends; for the others."""
+        assert self._ranks is not None and self._ranks.rank > 0, "a model in one process, or the first of several, leads"
+        for rows in self._ranks.requests():
+            self._logits(rows)
+
+    def check(self) -> None:
+        """Raises a `ModelError` if a pass has failed that other processes took part in; the model is then of no more use."""
+        if self._ranks:
+            self._ranks.check()
+
+    def close(self) -> None:
+        """Lets the other processes of the model end."""
+        if self._ranks:
+            self._ranks.end()
+
+    def _logits(self, rows: Sequence[Row]) -> torch.Tensor:
         if len(rows) > self.cache.max_rows:  # more than the cache can remember take several passes
             parts = [rows[i : i + self.cache.max_rows] for i in range(0, len(rows), self.cache.max_rows)]
-            return torch.cat([self.logits(part) for part in parts])
+            return torch.cat([self._logits(part) for part in parts])
         numbers = self.cache.seat([row.id for row in rows], [row.tokens for row in rows])
         starts = [self._start(number, row) for number, row in zip(numbers, rows, strict=True)]
         for index, (number, row) in enumerate(zip(numbers, rows, strict=True)):
@@ -93,8 +125,9 @@ class HuggingFaceBackend:
         try:
             self.cache.reserve()
         except RuntimeError as error:  # torch.OutOfMemoryError is one; a CPU's allocator raises it as it is
+            devices = ", ".join(sorted({str(weights.device) for weights in self.model.parameters()}))
             raise ModelError(
-                f"model {self.name!r}: {self.device} has no room for a cache of {self.cache.num_bytes_reserved()} bytes "
+                f"model {self.name!r}: {devices} has no room for a cache of {self.cache.num_bytes_reserved()} bytes "
                 f"({self.cache.max_rows} rows x {self.max_length} tokens x "
                 f"{readable_bytes(self.cache.num_bytes_per_token())}): lower max_rows or max_length"
             ) from error

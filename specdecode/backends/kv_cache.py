@@ -34,13 +34,23 @@ class Window:
     last: int
     length: int
     slots: torch.Tensor  # [num_rows * num_new_tokens], where each new key goes, in units of positions
+    copies: dict[torch.device, torch.Tensor] = field(default_factory=dict)  # of the slots, for layers on other devices
+
+    def slots_on(self, device: torch.device) -> torch.Tensor:
+        """The slots on a layer's device, copied there once for all layers that it has."""
+        if device == self.slots.device:
+            return self.slots
+        if device not in self.copies:
+            self.copies[device] = self.slots.to(device)
+        return self.copies[device]
 
 
 class RowCache(Cache):
     """A `transformers` cache of preallocated rows, each with a length of its own.
 
     `seat` gives the sequences of a batch their rows; `open` says where the next forward pass reads and writes; the model's
-    attention layers then call `update`. One more position at the end of each row takes the keys of padding.
+    attention layers then call `update`. Each layer's rows are on the device of its keys. One more position at the end of each
+    row takes the keys of padding.
 
     Args:
         num_layers: of the model.
@@ -267,7 +277,7 @@ class RowLayer(CacheLayerMixin):
     def _write(self, states: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         assert self.window is not None
         flat = new.transpose(1, 2).reshape(-1, *states.shape[2:])  # [rows * num_new, num_heads, head_dim]
-        states.view(-1, *states.shape[2:]).index_copy_(0, self.window.slots, flat)
+        states.view(-1, *states.shape[2:]).index_copy_(0, self.window.slots_on(states.device), flat)
         return states[self.window.first : self.window.last, : self.window.length].transpose(1, 2)
 
     def _states(self) -> tuple[torch.Tensor, ...]:

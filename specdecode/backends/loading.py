@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.distributed import DistributedConfig
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from specdecode.backends import flash
@@ -15,6 +16,7 @@ from specdecode.embedded import resolve_model
 from specdecode.errors import ModelError
 
 _MASKED_KINDS = {"full_attention", "sliding_attention"}
+_DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's
 _STATEFUL_TYPES = {"rwkv", "xlstm"}  # recurrent throughout, and their configs do not list the layers' kinds
 
 
@@ -30,11 +32,13 @@ def load_model(
     *,
     dtype: str,
     device: torch.device,
+    device_map: str | dict[str, int | str] | None,
+    tp: int,
     attn_implementation: str,
     quantization: dict[str, Any] | None,
     adapter: str | None,
 ) -> Any:
-    """Loads the weights onto the device; see `create_backend` for the arguments.
+    """Loads the weights onto the device, or this process's part of them; see `create_backend` for the arguments.
 
     Raises:
         ModelError: the checkpoint is broken, or an option does not fit it.
@@ -45,20 +49,50 @@ def load_model(
     }
     if quantization is not None:
         options["quantization_config"] = _quantization_config(quantization)
-    if quantization is not None or getattr(config, "quantization_config", None):
+    if tp > 1:
+        check_divides(tp, config.get_text_config(), name)
+        options["distributed_config"] = DistributedConfig(tp_size=tp)
+    elif device_map is not None:
+        options["device_map"] = device_map
+    elif quantization is not None or getattr(config, "quantization_config", None):
         options["device_map"] = {"": device}  # quantized weights go to their device at once, and some cannot move later
     with _quiet_loading(), model_errors(name):
         model = AutoModelForCausalLM.from_pretrained(resolve_model(name), config=config, **options)
-        model = model if "device_map" in options else model.to(device)
+        model = model if tp > 1 or "device_map" in options else model.to(device)
+        _check_nothing_is_offloaded(model)
     return (model if adapter is None else _merge_adapter(model, adapter, device)).eval()
 
 
-def resolve_device(device: str) -> torch.device:
-    """Finds the device, and refuses one that this machine does not have."""
-    resolved = parse_device(device)
-    if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError(f"device {device!r}: this machine has no CUDA device")
-    return resolved
+def check_divides(tp: int, config: Any, name: str) -> None:
+    """Raises a `ModelError` unless `tp` processes can share the model's layers."""
+    if not config.base_model_tp_plan:
+        raise ModelError(f"tp {tp}: model {name!r} has no plan for it in transformers: expected 1")
+    for heads in ("num_attention_heads", "num_key_value_heads"):
+        number = getattr(config, heads, None) or tp
+        if number % tp != 0:
+            raise ModelError(f"tp {tp}: expected a divisor of the {heads} of model {name!r}, which is {number}")
+
+
+def resolve_device(device: str, device_map: str | dict[str, int | str] | None = None) -> torch.device:
+    """Finds the device, or the first one of the map, and refuses what this machine does not have."""
+    devices = parse_devices(device, device_map)
+    for resolved in devices:
+        if resolved.type == "cuda" and not torch.cuda.is_available():
+            raise ModelError(f"device {str(resolved) if device_map else device!r}: this machine has no CUDA device")
+    return devices[0]
+
+
+def parse_devices(device: str, device_map: str | dict[str, int | str] | None) -> list[torch.device]:
+    """Reads the names of the devices, of this machine or another; one for the maps that accelerate makes."""
+    if device_map is None:
+        return [parse_device(device)]
+    if isinstance(device_map, str):
+        if device_map not in _DEVICE_MAPS:
+            raise ModelError(f"device_map {device_map!r}: expected a mapping, or one of {', '.join(_DEVICE_MAPS)}")
+        return [parse_device("auto")]
+    if not device_map:
+        raise ModelError("device_map: expected a device for each module, got none")
+    return [parse_device(f"cuda:{place}" if isinstance(place, int) else place) for place in device_map.values()]
 
 
 def parse_device(device: str) -> torch.device:
@@ -137,6 +171,13 @@ def model_errors(name: str) -> Iterator[None]:
     """Turns whatever goes wrong with the checkpoint `name` into a `ModelError` of one line."""
     with _errors(f"model {name!r} cannot be loaded"):
         yield
+
+
+def _check_nothing_is_offloaded(model: Any) -> None:
+    """Weights that come from elsewhere for every pass would make each as slow as reading them."""
+    places = {weights.device.type for weights in model.parameters()}
+    if len(places) > 1 or "meta" in places:  # where offloaded weights seem to be
+        raise ValueError(f"device_map: expected room for all weights on GPUs, got weights on {', '.join(sorted(places))}")
 
 
 def _quantization_config(quantization: dict[str, Any]) -> Any:

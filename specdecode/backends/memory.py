@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from specdecode.backends.backend import ModelConfig
 from specdecode.backends.kv_cache import RowCache
-from specdecode.backends.loading import mask_kinds, model_errors, parse_device, read_config, resolve_dtype, resolve_length
+from specdecode.backends.loading import mask_kinds, model_errors, parse_devices, read_config, resolve_dtype, resolve_length
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class MemoryEstimate:
 
 
 def estimate_memory(config: ModelConfig) -> MemoryEstimate:
-    """Counts the bytes that the model takes with a full cache, from its checkpoint's config alone.
+    """Counts the bytes that the model takes with a full cache on all its devices, from its checkpoint's config alone.
 
     What the forward pass takes besides is not counted. Quantized weights are counted as if they were not, so that for them
     the estimate is an upper bound; the few weights that some models keep in float32 are counted in the dtype of the others.
@@ -50,7 +50,7 @@ def estimate_memory(config: ModelConfig) -> MemoryEstimate:
     text_config = model_config.get_text_config()
     mask_kinds(text_config, config.model)
     length = resolve_length(config.max_length, text_config, config.model)
-    dtype = resolve_dtype(config.dtype, parse_device(config.device))
+    dtype = resolve_dtype(config.dtype, parse_devices(config.device, config.device_map)[0])
     if isinstance(dtype, str):
         dtype = model_config.dtype or text_config.dtype or torch.float32  # as transformers finds it
     with model_errors(config.model), torch.device("meta"):

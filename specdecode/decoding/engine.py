@@ -60,6 +60,11 @@ class Engine:
         return len(self._prefilling) + len(self._decoding)
 
     @property
+    def running(self) -> list[Sequence]:
+        """The sequences that have a place."""
+        return [sequence for sequence, _ in self._prefilling] + self._decoding
+
+    @property
     def has_work(self) -> bool:
         """Whether there is anything to decode."""
         return bool(self._queued or self._prefilling or self._decoding)

@@ -8,6 +8,7 @@ import ssl
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,6 +24,8 @@ from specdecode.exchange.frames import (
 )
 from specdecode.exchange.messages import ExchangeError, ModelTokens
 from specdecode.exchange.scheduler import DraftScheduler, Session
+
+_SEND_TIMEOUT_S = 1.0  # a draft that takes nothing of a request for so long is not there
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,7 @@ class TcpChannel:
     def send(self, frame: bytes) -> None:
         """See `Channel.send`."""
         try:
+            self._socket.settimeout(_SEND_TIMEOUT_S)  # what is left of the last answer's time may be next to nothing
             self._socket.sendall(frame)
         except OSError as error:
             raise ExchangeError("gone", f"the connection ended: {error}") from error
@@ -116,7 +120,9 @@ class TcpChannel:
         return Frame(header, self._read(header.num_bytes, deadline))
 
     def close(self) -> None:
-        """See `Channel.close`."""
+        """See `Channel.close`; a thread that waits for a frame is woken."""
+        with suppress(OSError):
+            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)  # a TLS socket's own must not be called from another thread
         self._socket.close()
 
     def _read(self, count: int, deadline: float) -> bytes:

@@ -10,38 +10,41 @@ A frame is a header of 16 bytes and a payload, all little-endian:
     REQUEST  patience f32 | asks u32, then for each ask
              number u32 | known u32 | checksum u32 | added u32 | k u16 | introduction u32,
              the added ids i32, the introduction's JSON
-    REPLY    busy f32 | answers u32, then for each answer
-             flags u8 | bytes of a q u8 | k u16 | m u16 | ahead u16,
-             the ids i32 [k], and unless m is 0 support i32 [k, m], q [k, m]
+    REPLY    busy f32 | answers u32, then for each answer flags u8 | k u16 | ahead u16, then the ids i32 of all,
+             rows n u32 | m u16 | bytes of a number u8, support i32 [n, m], q [n, m]
 
-m is 0 where q is 1 at each drafted token.
+The rows are those of all drafts whose q is not 1 at each token, which a flag says.
 """
 
 import json
 import struct
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from enum import IntEnum, IntFlag
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from specdecode.decoding.sequence import Draft, SamplingParams
-from specdecode.errors import RequestError
 from specdecode.exchange.messages import Answer, Ask, ExchangeError, Introduction, ModelTokens, Reply, Request
 
 VERSION = 1
 KEY_BYTES = 16
 MAX_FRAME_BYTES = 16 << 20
+MAX_K = 0xFFFF
 
 _MAGIC = b"SPDC"
 _HEADER = struct.Struct("<4sBBHII")
 _COUNTED = struct.Struct("<fI")
 _ASK = struct.Struct("<IIIIHI")
-_ANSWER = struct.Struct("<BBHHH")
+_ANSWER = struct.Struct("<BHH")
+_TABLE = struct.Struct("<IHB")
 _Q_DTYPES = {4: np.float32, 8: np.float64}
-# What a draft has no use for, and what is different at the target for each of its answers.
-_UNSENT = {"max_tokens", "logprobs", "prompt_logprobs", "seed"}
+_MAX_IDS = 1 << 31
+_UNSENT = {"logprobs", "prompt_logprobs"}  # a draft has no use for them
+_MODEL_TOKENS, _INTRODUCTION = TypeAdapter(ModelTokens), TypeAdapter(Introduction)
 
 HEADER_BYTES = _HEADER.size
 
@@ -59,6 +62,7 @@ class Kind(IntEnum):
 class _Flag(IntFlag):
     UNKNOWN = 1
     CONTINUES = 2
+    CERTAIN = 4
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,8 @@ def decode_header(data: bytes, max_bytes: int = MAX_FRAME_BYTES) -> Header:
     Raises:
         ExchangeError: the other side speaks another protocol or version, or says more than `max_bytes` at a time.
     """
+    if len(data) < HEADER_BYTES:
+        raise ExchangeError("garbled", f"expected a header of {HEADER_BYTES} bytes, got {len(data)}")
     magic, version, kind, _, round, num_bytes = _HEADER.unpack(data)
     if magic != _MAGIC:
         raise ExchangeError("garbled", f"expected a frame that begins with {_MAGIC!r}, got {magic!r}")
@@ -105,16 +111,13 @@ def decode_hello(payload: bytes) -> ModelTokens:
     Raises:
         ExchangeError: it is no such payload.
     """
-    values = _json(payload[KEY_BYTES:])
     try:
-        return ModelTokens(
-            str(values["name"]),
-            str(values["vocabulary_id"]),
-            int(values["vocab_size"]),
-            frozenset(int(token) for token in values["eos_token_ids"]),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ExchangeError("garbled", f"a hello that says nothing of its model: {error!r}") from error
+        target = _MODEL_TOKENS.validate_python(_json(payload[KEY_BYTES:]))
+    except ValidationError as error:
+        raise ExchangeError("garbled", f"a hello that says nothing of its model: {_first_line(error)}") from error
+    if not 0 < target.vocab_size < _MAX_IDS:
+        raise ExchangeError("garbled", f"expected a vocabulary of 1 to {_MAX_IDS - 1} tokens, got {target.vocab_size}")
+    return target
 
 
 def encode_request(request: Request) -> bytes:
@@ -134,34 +137,28 @@ def decode_request(round: int, payload: bytes) -> Request:
         ExchangeError: it is no such payload.
     """
     reader = _Reader(payload)
-    patience_s, count = reader.unpack(_COUNTED)
+    patience_s, count = reader.counted()
     asks = []
     for _ in range(count):
         number, num_known, known, num_added, k, num_about = reader.unpack(_ASK)
         added = reader.array("<i4", num_added)
-        if num_added and added.min() < 0:
-            raise ExchangeError("garbled", f"expected token ids of at least 0, got {added.min()}")
         about = reader.bytes(num_about)
         asks.append(Ask(number, num_known, known, added, k, _decode_introduction(about) if num_about else None))
     reader.end()
+    if asks:
+        _check_ids(np.concatenate([ask.added for ask in asks]), _MAX_IDS)
     return Request(round, patience_s, asks)
 
 
 def encode_reply(reply: Reply) -> bytes:
     """Makes the frame of a reply."""
-    parts = [_COUNTED.pack(reply.busy_s, len(reply.answers))]
-    for answer in reply.answers:
-        draft = answer.draft
-        if draft is None:
-            parts.append(_ANSWER.pack(_Flag.UNKNOWN, 4, 0, 0, 0))
-            continue
-        flags = _Flag.CONTINUES if draft.continues else _Flag(0)
-        width = draft.q.shape[1] if draft.tokens and draft.q.shape[1] > 1 else 0
-        q = draft.q.numpy()
-        parts.append(_ANSWER.pack(flags, q.itemsize, len(draft.tokens), width, answer.num_ahead))
-        parts.append(np.array(draft.tokens, dtype="<i4").tobytes())
-        if width:
-            parts += (draft.support.numpy().astype("<i4").tobytes(), q.tobytes())
+    drafts = [answer.draft for answer in reply.answers]
+    heads = [_head(answer) for answer in reply.answers]
+    ids = [token for draft in drafts if draft is not None for token in draft.tokens]
+    uncertain = [draft for draft in drafts if draft is not None and not _is_certain(draft)]
+    support, q = _stacked(uncertain)
+    parts = [_COUNTED.pack(reply.busy_s, len(heads)), *heads, np.array(ids, dtype="<i4").tobytes()]
+    parts += (_TABLE.pack(len(q), q.shape[1], q.itemsize), support.tobytes(), q.tobytes())
     return encode(Kind.REPLY, b"".join(parts), reply.round)
 
 
@@ -172,52 +169,88 @@ def decode_reply(round: int, payload: bytes, vocab_size: int) -> Reply:
         ExchangeError: it is no such payload.
     """
     reader = _Reader(payload)
-    busy_s, count = reader.unpack(_COUNTED)
-    answers, supports, qs = [], [], []
-    for _ in range(count):
-        flags, itemsize, k, width, num_ahead = reader.unpack(_ANSWER)
-        if flags & _Flag.UNKNOWN:
-            answers.append(Answer(None))
-            continue
-        tokens = reader.array("<i4", k)
-        supports.append(tokens)
-        continues = bool(flags & _Flag.CONTINUES) and k > 0
-        if not width:
-            draft = Draft.certain(tokens.tolist()) if k else Draft.empty()
-            answers.append(Answer(_continuing(draft) if continues else draft, num_ahead))
-            continue
-        if itemsize not in _Q_DTYPES:
-            raise ExchangeError("garbled", f"expected a q of 4 or 8 bytes, got {itemsize}")
-        support = reader.array("<i4", k * width).reshape(k, width)
-        q = reader.array(_Q_DTYPES[itemsize], k * width).reshape(k, width)
-        supports.append(support.ravel())
-        qs.append(q)
-        draft = Draft(tokens.tolist(), torch.from_numpy(support.astype(np.int64)), torch.from_numpy(q.copy()), continues)
-        answers.append(Answer(draft, num_ahead))
+    busy_s, count = reader.counted()
+    heads = list(_ANSWER.iter_unpack(reader.bytes(count * _ANSWER.size)))
+    ids = reader.array("<i4", sum(k for _, k, _ in heads))
+    num_rows, width, itemsize = reader.unpack(_TABLE)
+    if itemsize not in _Q_DTYPES or num_rows != sum(k for flags, k, _ in heads if not flags & _Flag.CERTAIN):
+        raise ExchangeError("garbled", f"a table of {num_rows} rows of {itemsize} bytes, which are not those of the answers")
+    support = reader.array("<i4", num_rows * width).reshape(num_rows, width)
+    q = reader.array(_Q_DTYPES[itemsize], num_rows * width).reshape(num_rows, width)
     reader.end()
-    _check_ids(supports, vocab_size)
-    for q in qs:
-        _check_q(q)
+    _check_ids(ids, vocab_size)
+    _check_ids(support, vocab_size)
+    _check_q(q)
+    tokens, rows = ids.tolist(), _Rows(torch.from_numpy(support.astype(np.int64)), torch.from_numpy(q.copy()))
+    answers, start = [], 0
+    for flags, k, num_ahead in heads:
+        answers.append(_answer(flags, tokens[start : start + k], num_ahead, rows))
+        start += k
     return Reply(round, busy_s, answers)
 
 
-def _continuing(draft: Draft) -> Draft:
-    return Draft(draft.tokens, draft.support, draft.q, True)
+def _is_certain(draft: Draft) -> bool:
+    """Whether q is 1 at each token, so that it need not be said; also where there is none."""
+    return not draft.tokens or draft.q.shape[1] == 1
 
 
-def _check_ids(ids: list[np.ndarray], vocab_size: int) -> None:
-    every = np.concatenate(ids) if ids else np.zeros(1, dtype=np.int32)
-    if every.size and not 0 <= every.min() <= every.max() < vocab_size:
-        raise ExchangeError("garbled", f"expected token ids in [0, {vocab_size}), got {every.min()} to {every.max()}")
+def _head(answer: Answer) -> bytes:
+    draft = answer.draft
+    if draft is None:
+        return _ANSWER.pack(_Flag.UNKNOWN | _Flag.CERTAIN, 0, 0)
+    flags = _Flag.CERTAIN * _is_certain(draft) | _Flag.CONTINUES * draft.continues
+    return _ANSWER.pack(flags, len(draft.tokens), answer.num_ahead)
+
+
+def _stacked(drafts: list[Draft]) -> tuple[np.ndarray, np.ndarray]:
+    """The supports and the q of all drafts, one row after the other, filled up with zeros to one width."""
+    width = max((draft.q.shape[1] for draft in drafts), default=0)
+    if not width:
+        return np.empty((0, 0), dtype="<i4"), np.empty((0, 0), dtype=np.float32)
+    support, q = (
+        torch.cat(
+            [torch.nn.functional.pad(part, (0, width - part.shape[1])) if part.shape[1] < width else part for part in parts]
+        )
+        for parts in ([draft.support for draft in drafts], [draft.q for draft in drafts])
+    )
+    return support.numpy().astype("<i4"), q.numpy()
+
+
+class _Rows:
+    """A table's rows, which are handed out in their order."""
+
+    def __init__(self, support: torch.Tensor, q: torch.Tensor) -> None:
+        self._support = support
+        self._q = q
+        self._place = 0
+
+    def take(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = slice(self._place, self._place + count)
+        self._place += count
+        return self._support[rows], self._q[rows]
+
+
+def _answer(flags: int, tokens: list[int], num_ahead: int, rows: _Rows) -> Answer:
+    if flags & _Flag.UNKNOWN:
+        return Answer(None)
+    if not tokens:
+        return Answer(Draft.empty(), num_ahead)
+    draft = Draft.certain(tokens) if flags & _Flag.CERTAIN else Draft(tokens, *rows.take(len(tokens)))
+    return Answer(replace(draft, continues=True) if flags & _Flag.CONTINUES else draft, num_ahead)
+
+
+def _check_ids(ids: np.ndarray, vocab_size: int) -> None:
+    if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
+        raise ExchangeError("garbled", f"expected token ids in [0, {vocab_size}), got {ids.min()} to {ids.max()}")
 
 
 def _check_q(q: np.ndarray) -> None:
-    """Raises unless every row is a distribution, with which a wrong draft can make a round slower, but never fail."""
+    """Raises unless every row is a distribution: a draft that is wrong may make a round slower, but must not make it fail."""
+    if not len(q):
+        return
     sums = q.sum(-1)
-    if not (q.min() >= 0 and abs(sums - 1).max() < 1e-3):  # also false for what is not a number
-        raise ExchangeError(
-            "garbled", f"expected probabilities that sum to 1, got {q.min()} and more, summing to {sums.tolist()}"
-        )
+    if not (q.size and q.min() >= 0 and abs(sums - 1).max() < 1e-3):  # also false for what is not a number
+        raise ExchangeError("garbled", "expected probabilities that sum to 1")
 
 
 def _encode_introduction(introduction: Introduction) -> bytes:
@@ -228,7 +261,6 @@ def _encode_introduction(introduction: Introduction) -> bytes:
         "id": introduction.id,
         "num_prompt_tokens": introduction.num_prompt_tokens,
         "seed": introduction.seed,
-        "max_tokens": params.max_tokens,
         "params": {name: sorted(value) if isinstance(value, frozenset) else value for name, value in changed.items()},
     }
     return json.dumps(values).encode()
@@ -236,22 +268,31 @@ def _encode_introduction(introduction: Introduction) -> bytes:
 
 def _decode_introduction(data: bytes) -> Introduction:
     values = _json(data)
+    params = values.get("params")
+    if isinstance(params, dict) and (unknown := params.keys() - SamplingParams.__dataclass_fields__.keys()):
+        raise ExchangeError("refused", f"unknown sampling parameters: {', '.join(sorted(unknown))}")
     try:
-        params = dict(values["params"])
-        if unknown := params.keys() - SamplingParams.__dataclass_fields__.keys():
-            raise ExchangeError("refused", f"unknown sampling parameters: {', '.join(sorted(unknown))}")
-        if "logit_bias" in params:
-            params["logit_bias"] = {int(token): float(bias) for token, bias in params["logit_bias"].items()}
-        sampling = SamplingParams(max_tokens=int(values["max_tokens"]), **params)
-        return Introduction(str(values["id"]), int(values["num_prompt_tokens"]), sampling, int(values["seed"]))
-    except (KeyError, TypeError, ValueError, AttributeError, RequestError) as error:
-        raise ExchangeError("garbled", f"an introduction that cannot be read: {error!r}") from error
+        introduction = _INTRODUCTION.validate_python(values)
+    except ValidationError as error:
+        raise ExchangeError("garbled", f"an introduction that cannot be read: {_first_line(error)}") from error
+    params = introduction.params
+    ids = {*params.logit_bias, *(params.allowed_token_ids or ()), *params.stop_token_ids, *chain(*params.bad_words_ids)}
+    if ids and not 0 <= min(ids) <= max(ids) < _MAX_IDS:
+        raise ExchangeError("garbled", f"expected token ids of at least 0 in the sampling parameters, got {min(ids)}")
+    if not 0 <= introduction.seed < 2**64:
+        raise ExchangeError("garbled", f"expected a seed in [0, 2**64), got {introduction.seed}")
+    return introduction
+
+
+def _first_line(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_input=False)[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 def _json(data: bytes) -> dict[str, Any]:
     try:
         values = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ExchangeError("garbled", f"expected JSON: {error}") from error
     if not isinstance(values, dict):
         raise ExchangeError("garbled", f"expected a JSON object, got {type(values).__name__}")
@@ -267,6 +308,12 @@ class _Reader:
 
     def unpack(self, layout: struct.Struct) -> Any:
         return layout.unpack(self.bytes(layout.size))
+
+    def counted(self) -> tuple[float, int]:
+        seconds, count = self.unpack(_COUNTED)
+        if not 0 <= seconds < float("inf"):
+            raise ExchangeError("garbled", f"expected a time of at least 0 seconds, got {seconds}")
+        return seconds, count
 
     def array(self, dtype: Any, count: int) -> np.ndarray:
         dtype = np.dtype(dtype)

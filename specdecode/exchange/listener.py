@@ -13,12 +13,12 @@ import secrets
 import ssl
 import threading
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import Future
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from specdecode.errors import ConfigError, SpecDecodeError
 from specdecode.exchange.channel import tune
@@ -36,6 +36,8 @@ from specdecode.exchange.messages import ExchangeError, ModelTokens
 from specdecode.exchange.scheduler import DraftScheduler, Session
 
 logger = logging.getLogger("specdecode.exchange")
+
+T = TypeVar("T")
 
 _MAX_HELLO_BYTES = 1 << 16
 _READ_AHEAD_BYTES = 1 << 20
@@ -91,7 +93,9 @@ class Listener:
         self._sinks: dict[Session, Callable[[bytes], None]] = {}  # where the replies of each session go
         self._callers: OrderedDict[str, Session] = OrderedDict()
         self._num_strangers = 0
-        self._servers: dict[str, tuple[str, int]] = {}
+        self._connections: set[asyncio.StreamWriter] = set()
+        self._servers: dict[str, asyncio.Server] = {}
+        self._is_opening = asyncio.Lock()
         self._loop = asyncio.new_event_loop()
         self._arrived = asyncio.Event()
         self._thread = threading.Thread(target=self._run, name="exchange", daemon=True)
@@ -112,30 +116,40 @@ class Listener:
 
         Raises:
             ConfigError: nothing can be listened to there.
+            ExchangeError: the thread has ended.
         """
-        return asyncio.run_coroutine_threadsafe(self._listen(host, ports), self._loop).result()
+        return self._run_there(self._listen(host, ports)).result()
 
     @asynccontextmanager
     async def admit(self) -> AsyncIterator[Ticket]:
         """Gives a key out, for as long as the context lasts; leaving it ends the session. For any event loop.
 
         Raises:
-            ExchangeError: there are too many sessions.
+            ExchangeError: there are too many sessions, or the thread has ended.
         """
         ticket = Ticket()
-        await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._add(ticket), self._loop))
+        await asyncio.wrap_future(self._run_there(self._add(ticket)))
         try:
             yield ticket
         finally:
-            self._loop.call_soon_threadsafe(self._end, ticket)
+            with suppress(RuntimeError):  # the thread has ended, and the session with it
+                self._loop.call_soon_threadsafe(self._end, ticket)
 
     async def call(self, caller: str, target: ModelTokens, frame: bytes) -> bytes:
         """Answers a frame that did not come over a connection, of somebody who is trusted. For any event loop.
 
         Raises:
-            ExchangeError: it is no request.
+            ExchangeError: it is no request, it is not answered in time, or the thread has ended.
         """
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._call(caller, target, frame), self._loop))
+        return await asyncio.wrap_future(self._run_there(self._call(caller, target, frame)))
+
+    async def inspect(self, look: Callable[[DraftScheduler], T]) -> T:
+        """Lets `look` see the scheduler between two of its steps. For any event loop."""
+
+        async def between() -> T:
+            return look(self.scheduler)
+
+        return await asyncio.wrap_future(self._run_there(between()))
 
     def close(self) -> None:
         """Ends every session and the thread."""
@@ -146,16 +160,38 @@ class Listener:
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
         worker = self._loop.create_task(self._work())
-        worker.add_done_callback(lambda _: self._loop.stop())  # without it nothing is drafted: the thread ends, and is missed
+        worker.add_done_callback(self._stop)  # without it nothing is drafted: the thread ends, and is missed
         try:
             self._loop.run_forever()
         finally:
-            for ticket in list(self._tickets):
-                self._end(ticket)
-            for task in asyncio.all_tasks(self._loop):
-                task.cancel()
-            self._loop.run_until_complete(asyncio.sleep(0))
+            worker.remove_done_callback(self._stop)
+            self._loop.run_until_complete(self._wind_up())
             self._loop.close()
+
+    def _stop(self, _: object) -> None:
+        self._loop.stop()
+
+    async def _wind_up(self) -> None:
+        """Closes all that listens or is connected, and ends all that goes on."""
+        for server in self._servers.values():
+            server.close()
+        for ticket in list(self._tickets):
+            self._end(ticket)
+        for writer in list(self._connections):
+            writer.transport.abort()
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.sleep(0)  # transports end, and who waits for a task is told, one turn later
+
+    def _run_there(self, coroutine: Coroutine[Any, Any, T]) -> "Future[T]":
+        """Has the thread run a coroutine."""
+        try:
+            return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        except RuntimeError as error:
+            coroutine.close()
+            raise ExchangeError("gone", "the thread that drafts has ended") from error
 
     async def _work(self) -> None:
         while True:
@@ -163,7 +199,7 @@ class Listener:
                 self._arrived.clear()
                 await self._arrived.wait()
             try:
-                replies = self.scheduler.step()
+                replies = [(session, encode_reply(reply)) for session, reply in self.scheduler.step()]
             except Exception:  # what broke one batch must not end the draft
                 logger.exception("a pass of the draft model failed; its sessions end with it")
                 for session in list(self._sinks):
@@ -171,25 +207,30 @@ class Listener:
                 for ticket in [ticket for ticket in self._tickets if ticket.writer is not None]:
                     self._end(ticket)
                 continue
-            for session, reply in replies:
+            for session, frame in replies:
                 if session in self._sinks:
-                    self._sinks[session](encode_reply(reply))
+                    self._sinks[session](frame)
             await asyncio.sleep(0)  # reads what has come meanwhile
 
     async def _listen(self, host: str, ports: range | None) -> tuple[str, int]:
-        if host not in self._servers:
-            for port in ports or [0]:
-                try:
-                    server = await asyncio.start_server(self._serve, host, port, limit=_READ_AHEAD_BYTES, **self._security())
-                except OSError as error:
-                    if error.errno == errno.EADDRINUSE:
-                        continue
-                    raise ConfigError(f"exchange: cannot listen on {host}:{port}: {error.strerror}") from error
-                self._servers[host] = server.sockets[0].getsockname()[:2]
-                break
-            else:
-                raise ConfigError(f"exchange.ports: expected a free one on {host}, got {ports} all in use")
-        return self._servers[host]
+        async with self._is_opening:
+            if host not in self._servers:
+                self._servers[host] = await self._open_server(host, ports or range(1))
+        address: tuple[str, int] = self._servers[host].sockets[0].getsockname()[:2]
+        return address
+
+    async def _open_server(self, host: str, ports: range) -> asyncio.Server:
+        for port in ports:
+            try:
+                server = await asyncio.start_server(self._serve, host, port, limit=_READ_AHEAD_BYTES, **self._security())
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    continue
+                raise ConfigError(f"exchange: cannot listen on {host}:{port}: {error.strerror}") from error
+            break
+        else:
+            raise ConfigError(f"exchange.ports: expected a free one on {host}, got {ports} all in use")
+        return server
 
     def _security(self) -> dict[str, Any]:
         return {"ssl": self._tls, "ssl_handshake_timeout": self._limits.hello_timeout_s} if self._tls else {}
@@ -216,6 +257,7 @@ class Listener:
         """One connection, from its key to its end."""
         tune(writer.get_extra_info("socket"))
         ticket: Ticket | None = None
+        self._connections.add(writer)
         try:
             ticket, target = await self._welcome(reader)
             ticket.writer = writer
@@ -223,12 +265,17 @@ class Listener:
         except (SpecDecodeError, TimeoutError) as error:
             logger.warning("a target's connection is refused: %s", error)
             writer.write(encode(Kind.REFUSAL, str(error).encode()))
-        except (asyncio.IncompleteReadError, OSError):
-            pass  # the target has gone
+        except (asyncio.IncompleteReadError, OSError, asyncio.CancelledError):
+            pass  # the target has gone, or the listener ends; streams before Python 3.12 complain of a task that is cancelled
         finally:
             writer.close()
             if ticket is not None:
                 self._end(ticket)
+            try:  # to bring what is unsent to its reader, but not for ever
+                await asyncio.wait_for(writer.wait_closed(), self._limits.hello_timeout_s)
+            except (asyncio.TimeoutError, OSError, asyncio.CancelledError):
+                writer.transport.abort()
+            self._connections.discard(writer)
 
     async def _welcome(self, reader: asyncio.StreamReader) -> tuple[Ticket, ModelTokens]:
         """Waits for the key."""
@@ -236,12 +283,8 @@ class Listener:
             raise ExchangeError("refused", "too many connections without a key")
         self._num_strangers += 1
         try:
-            async with asyncio.timeout(self._limits.hello_timeout_s):
-                header = decode_header(await reader.readexactly(HEADER_BYTES), _MAX_HELLO_BYTES)
-                if header.kind != Kind.HELLO:
-                    raise ExchangeError("refused", "expected a hello")
-                payload = await reader.readexactly(header.num_bytes)
-        except TimeoutError as error:
+            payload = await asyncio.wait_for(_read_hello(reader), self._limits.hello_timeout_s)
+        except asyncio.TimeoutError as error:
             raise ExchangeError("refused", "expected a hello, got none in time") from error
         finally:
             self._num_strangers -= 1
@@ -267,8 +310,12 @@ class Listener:
 
     async def _call(self, caller: str, target: ModelTokens, frame: bytes) -> bytes:
         header = decode_header(frame[:HEADER_BYTES], self._limits.max_frame_bytes)
+        if header.kind != Kind.REQUEST or header.num_bytes != len(frame) - HEADER_BYTES:
+            raise ExchangeError("garbled", f"expected a whole request, got {header} in {len(frame)} bytes")
         request = decode_request(header.round, frame[HEADER_BYTES:])
-        session = self._callers.pop(caller, None) or self.scheduler.open(target)
+        session = self._callers.pop(caller, None)
+        if session is None or session not in self._sinks:  # a pass that failed has ended it
+            session = self.scheduler.open(target)
         self._callers[caller] = session
         while len(self._callers) > self._limits.max_sessions:
             self._drop(self._callers.popitem(last=False)[1])
@@ -276,7 +323,10 @@ class Listener:
         self._sinks[session] = lambda frame: None if reply.done() else reply.set_result(frame)
         self.scheduler.submit(session, request)
         self._arrived.set()
-        return await asyncio.wait_for(reply, request.patience_s)
+        try:
+            return await asyncio.wait_for(reply, request.patience_s)
+        except asyncio.TimeoutError as error:
+            raise ExchangeError("late", "no answer in time") from error
 
     def _send(self, session: Session, writer: asyncio.StreamWriter, frame: bytes) -> None:
         writer.write(frame)
@@ -288,3 +338,10 @@ class Listener:
     def _drop(self, session: Session) -> None:
         self._sinks.pop(session, None)
         self.scheduler.close(session)
+
+
+async def _read_hello(reader: asyncio.StreamReader) -> bytes:
+    header = decode_header(await reader.readexactly(HEADER_BYTES), _MAX_HELLO_BYTES)
+    if header.kind != Kind.HELLO:
+        raise ExchangeError("refused", "expected a hello")
+    return await reader.readexactly(header.num_bytes)

@@ -29,6 +29,9 @@ class ExchangeError(SpecDecodeError):
         super().__init__(message)
         self.cause = cause
 
+    def __reduce__(self) -> tuple[type["ExchangeError"], tuple[str, str]]:
+        return type(self), (self.cause, str(self))
+
 
 @dataclass(frozen=True)
 class ModelTokens:

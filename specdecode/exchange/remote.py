@@ -13,7 +13,7 @@ import numpy as np
 
 from specdecode.decoding.sequence import Draft, Sequence
 from specdecode.exchange.channel import Channel
-from specdecode.exchange.frames import Kind, decode_reply, encode_request
+from specdecode.exchange.frames import MAX_K, Kind, decode_reply, encode_request
 from specdecode.exchange.messages import NOTHING_KNOWN, Answer, Ask, ExchangeError, Introduction, Reply, Request, checksum
 
 logger = logging.getLogger("specdecode.exchange")
@@ -64,12 +64,12 @@ class RemoteDrafter:
 
     def connect(self, channel: Channel) -> "Future[ExchangeError]":
         """Drafts over this channel from now on; what is returned is done, with the reason, when the channel is of no use."""
+        line = _Line(channel)
         with self._lock:
-            self._line, old = _Line(channel), self._line
+            self._line, old = line, self._line
         if old is not None:
             old.give_up(ExchangeError("gone", "replaced by another connection"))
-        assert self._line is not None
-        return self._line.lost
+        return line.lost
 
     def disconnect(self) -> None:
         """Gives the channel up, if there is one."""
@@ -198,4 +198,4 @@ class _Line:
             introduction = Introduction(sequence.id, sequence.num_prompt_tokens, sequence.params, sequence.seed)
         added = np.array(sequence.tokens[told.num_tokens :], dtype=np.int32)
         self._told[sequence] = _Told(told.number, len(sequence.tokens), checksum(added, told.checksum))
-        return Ask(told.number, told.num_tokens, told.checksum, added, sequence.num_wanted, introduction)
+        return Ask(told.number, told.num_tokens, told.checksum, added, min(sequence.num_wanted, MAX_K), introduction)

@@ -6,6 +6,7 @@ Two kinds of guesses are in the making: those that were asked for, and those tha
 on from the end of the last draft, as if the target had accepted all of it, while nobody waits for anything.
 """
 
+import logging
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
@@ -17,6 +18,8 @@ from specdecode.backends.backend import Row
 from specdecode.decoding.drafters import Guess, ModelDrafter
 from specdecode.decoding.sequence import Draft, Route, Sequence
 from specdecode.exchange.messages import Answer, Ask, ExchangeError, ModelTokens, Reply, Request, checksum
+
+logger = logging.getLogger("specdecode.exchange")
 
 # How much of a target's patience is used; the rest is for the way back.
 _USED_PATIENCE = 0.8
@@ -155,6 +158,7 @@ class DraftScheduler:
         known = session.known.pop(ask.number, None)
         if ask.introduction is not None:
             known = _Known.introduced(ask, session)
+            logger.info("session=%s drafts for id=%s tokens=%d", session.name, ask.introduction.id, len(ask.added))
         elif known is None or not known.agrees(ask):
             self.metrics.num_forgotten += 1
             return _Part(session, ask.k)
@@ -254,6 +258,8 @@ class _Known:
     def agrees(self, ask: Ask) -> bool:
         """Whether the target means the same tokens; it may mean fewer, as when it asks once more."""
         tokens = self.sequence.tokens
+        if ask.num_known + len(ask.added) < self.sequence.num_prompt_tokens:
+            return False
         if ask.num_known < len(tokens):
             return ask.checksum == checksum(np.array(tokens[: ask.num_known], dtype=np.int32))
         return ask.num_known == len(tokens) and ask.checksum == self._checksum

@@ -92,8 +92,9 @@ def test_a_compiled_model_gives_the_same_logits(target_folder, monkeypatch):
 
 
 @PEFT_WARNS
-def test_an_adapter_is_merged_into_the_weights(adapter_folder, target_folder):
-    backend = open_model(ModelConfig(model=target_folder, adapter=adapter_folder))
+@pytest.mark.parametrize("device_map", [None, {"": "cpu"}], ids=["one device", "map"])
+def test_an_adapter_is_merged_into_the_weights(device_map, adapter_folder, target_folder):
+    backend = open_model(ModelConfig(model=target_folder, adapter=adapter_folder, device_map=device_map))
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(target_folder), adapter_folder).eval()
     logits, plain = backend.logits(ROWS), create_backend(target_folder).logits(ROWS)
     with torch.inference_mode():

@@ -102,12 +102,12 @@ def model(support: int = 64, **options) -> ModelDrafter:
 class RunsAhead:
     """A drafter that goes on from the end of its drafts, of all or of some."""
 
-    def __init__(self, drafter, is_willing=lambda draft: True):
+    def __init__(self, drafter, is_willing=bool):
         self.drafter = drafter
         self.is_willing = is_willing
 
     def propose(self, sequences):
-        return [replace(d, continues=bool(d.tokens) and self.is_willing(d)) for d in self.drafter.propose(sequences)]
+        return [replace(d, continues=bool(d.tokens and self.is_willing(d.tokens))) for d in self.drafter.propose(sequences)]
 
 
 # By the most tokens that any q may cover.
@@ -121,7 +121,7 @@ DRAFTERS = {
     "prompt lookup": lambda _: PromptLookupDrafter(max_ngram=2, min_ngram=1),
     "lookup, then model": lambda support: ChainDrafter([PromptLookupDrafter(max_ngram=3, min_ngram=2), model(support)]),
     "runs ahead": lambda support: RunsAhead(model(support)),
-    "runs ahead at times": lambda support: RunsAhead(model(support, min_confidence=0.2), lambda draft: draft.tokens[-1] % 2),
+    "runs ahead at times": lambda support: RunsAhead(model(support, min_confidence=0.2), lambda tokens: tokens[-1] % 2),
     "routed": lambda support: RoutedDrafter({"other": NoDrafter(), "draft": model(support)}),
 }
 CERTAIN = {"none", "model, one-token q", "prompt lookup"}

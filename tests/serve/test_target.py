@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from serve.config import DraftModelConfig, NgramConfig, TargetConfig
+from serve.config import DraftModelConfig, ExchangeConfig, NgramConfig, TargetConfig
 from serve.target import Generation, TargetServer
 from specdecode import DecodingMetrics, speculative_decode
 from specdecode.backends.backend import ModelBackend
@@ -31,11 +31,11 @@ def decode(prompt: list[int], params: SamplingParams) -> dict[str, list[Round]]:
 
     async def run() -> dict[str, list[Round]]:
         server = TargetServer.__new__(TargetServer)
-        await TargetServer.__init__(server, config, DRAFTS, {})  # as Serve does
+        await TargetServer.__init__(server, config, DRAFTS, {}, ExchangeConfig())  # as Serve does
         rounds: dict[str, list[Round]] = {name: [] for name in DRAFTS}
         for name in DRAFTS:
-            async for round in server.generate(Generation(prompt, params, Route(name, 4))):
-                rounds[name].append(round)
+            async for item in server.generate(Generation(prompt, params, Route(name, 4))):
+                rounds[name] += item if isinstance(item, list) else []
         return rounds
 
     return asyncio.run(run())
