@@ -26,6 +26,7 @@ from specdecode.exchange.messages import ExchangeError, ModelTokens
 from specdecode.exchange.scheduler import DraftScheduler, Session
 
 _SEND_TIMEOUT_S = 1.0  # a draft that takes nothing of a request for so long is not there
+_READ_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class TcpChannel:
 
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
+        self._received = bytearray()
 
     @staticmethod
     def connect(
@@ -116,8 +118,13 @@ class TcpChannel:
 
     def receive(self, deadline: float) -> Frame:
         """See `Channel.receive`."""
-        header = decode_header(self._read(HEADER_BYTES, deadline), MAX_FRAME_BYTES)
-        return Frame(header, self._read(header.num_bytes, deadline))
+        self._read(HEADER_BYTES, deadline)
+        header = decode_header(bytes(self._received[:HEADER_BYTES]), MAX_FRAME_BYTES)
+        end = HEADER_BYTES + header.num_bytes
+        self._read(end, deadline)
+        payload = bytes(self._received[HEADER_BYTES:end])
+        del self._received[:end]
+        return Frame(header, payload)
 
     def close(self) -> None:
         """See `Channel.close`; a thread that waits for a frame is woken."""
@@ -125,21 +132,19 @@ class TcpChannel:
             socket.socket.shutdown(self._socket, socket.SHUT_RDWR)  # a TLS socket's own must not be called from another thread
         self._socket.close()
 
-    def _read(self, count: int, deadline: float) -> bytes:
-        data = bytearray(count)
-        view, place = memoryview(data), 0
-        while place < count:
+    def _read(self, count: int, deadline: float) -> None:
+        """Waits until so many bytes have come."""
+        while len(self._received) < count:
             try:
                 self._socket.settimeout(max(1e-4, deadline - time.monotonic()))
-                read = self._socket.recv_into(view[place:])
+                data = self._socket.recv(_READ_BYTES)
             except TimeoutError as error:
                 raise ExchangeError("late", "no answer in time") from error
             except OSError as error:
                 raise ExchangeError("gone", f"the connection ended: {error}") from error
-            if not read:
+            if not data:
                 raise ExchangeError("gone", "the connection was closed")
-            place += read
-        return bytes(data)
+            self._received += data
 
 
 class InProcessChannel:

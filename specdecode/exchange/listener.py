@@ -17,30 +17,17 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, TypeVar
 
-from specdecode.errors import ConfigError, SpecDecodeError
-from specdecode.exchange.channel import tune
-from specdecode.exchange.frames import (
-    HEADER_BYTES,
-    KEY_BYTES,
-    Kind,
-    decode_header,
-    decode_hello,
-    decode_request,
-    encode,
-    encode_reply,
-)
-from specdecode.exchange.messages import ExchangeError, ModelTokens
+from specdecode.errors import ConfigError
+from specdecode.exchange.connection import Connection
+from specdecode.exchange.frames import HEADER_BYTES, KEY_BYTES, Kind, decode_header, decode_request, encode_reply
+from specdecode.exchange.messages import ExchangeError, ModelTokens, Request
 from specdecode.exchange.scheduler import DraftScheduler, Session
 
 logger = logging.getLogger("specdecode.exchange")
 
 T = TypeVar("T")
-
-_MAX_HELLO_BYTES = 1 << 16
-_READ_AHEAD_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -69,11 +56,12 @@ class Ticket:
     Attributes:
         key: what the target shows.
         ended: is done when the session is over.
+        connection: who has shown the key.
     """
 
     key: bytes = field(default_factory=lambda: secrets.token_bytes(KEY_BYTES), repr=False)
     ended: "Future[None]" = field(default_factory=Future)
-    writer: asyncio.StreamWriter | None = None
+    connection: Connection | None = None
 
 
 class Listener:
@@ -88,16 +76,19 @@ class Listener:
     def __init__(self, scheduler: DraftScheduler, limits: Limits | None = None, tls: ssl.SSLContext | None = None) -> None:
         self.scheduler = scheduler
         self._limits = limits or Limits()
+        self.max_frame_bytes = self._limits.max_frame_bytes
+        self.max_unsent_bytes = self._limits.max_unsent_bytes
+        self.hello_timeout_s = self._limits.hello_timeout_s
         self._tls = tls
         self._tickets: list[Ticket] = []
         self._sinks: dict[Session, Callable[[bytes], None]] = {}  # where the replies of each session go
         self._callers: OrderedDict[str, Session] = OrderedDict()
-        self._num_strangers = 0
-        self._connections: set[asyncio.StreamWriter] = set()
+        self._connections: dict[Connection, Ticket | None] = {}  # None for strangers
+        self._sessions: dict[Connection, Session] = {}
         self._servers: dict[str, asyncio.Server] = {}
         self._is_opening = asyncio.Lock()
         self._loop = asyncio.new_event_loop()
-        self._arrived = asyncio.Event()
+        self._is_stepping = False
         self._thread = threading.Thread(target=self._run, name="exchange", daemon=True)
         self._thread.start()
 
@@ -159,17 +150,11 @@ class Listener:
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
-        worker = self._loop.create_task(self._work())
-        worker.add_done_callback(self._stop)  # without it nothing is drafted: the thread ends, and is missed
         try:
             self._loop.run_forever()
         finally:
-            worker.remove_done_callback(self._stop)
             self._loop.run_until_complete(self._wind_up())
             self._loop.close()
-
-    def _stop(self, _: object) -> None:
-        self._loop.stop()
 
     async def _wind_up(self) -> None:
         """Closes all that listens or is connected, and ends all that goes on."""
@@ -177,8 +162,8 @@ class Listener:
             server.close()
         for ticket in list(self._tickets):
             self._end(ticket)
-        for writer in list(self._connections):
-            writer.transport.abort()
+        for connection in list(self._connections):
+            connection.abort()
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
@@ -193,24 +178,59 @@ class Listener:
             coroutine.close()
             raise ExchangeError("gone", "the thread that drafts has ended") from error
 
-    async def _work(self) -> None:
-        while True:
-            if not self.scheduler.has_work:
-                self._arrived.clear()
-                await self._arrived.wait()
-            try:
-                replies = [(session, encode_reply(reply)) for session, reply in self.scheduler.step()]
-            except Exception:  # what broke one batch must not end the draft
-                logger.exception("a pass of the draft model failed; its sessions end with it")
-                for session in list(self._sinks):
-                    self._drop(session)
-                for ticket in [ticket for ticket in self._tickets if ticket.writer is not None]:
-                    self._end(ticket)
-                continue
-            for session, frame in replies:
+    def met(self, connection: Connection) -> None:
+        """See `Host.met`."""
+        num_strangers = sum(ticket is None for ticket in self._connections.values())
+        self._connections[connection] = None
+        if num_strangers >= self._limits.max_strangers:
+            raise ExchangeError("refused", "too many connections without a key")
+
+    def claimed(self, connection: Connection, key: bytes) -> None:
+        """See `Host.claimed`."""
+        found = [ticket for ticket in self._tickets if hmac.compare_digest(ticket.key, key)]
+        if not found or found[0].connection is not None:
+            raise ExchangeError("refused", "expected a key that was given out and not used yet")
+        self._connections[connection] = found[0]
+        found[0].connection = connection
+
+    def introduced(self, connection: Connection, target: ModelTokens) -> None:
+        """See `Host.introduced`."""
+        session = self._sessions[connection] = self.scheduler.open(target)
+        self._sinks[session] = connection.reply
+
+    def asked(self, connection: Connection, request: Request) -> None:
+        """See `Host.asked`."""
+        self._submit(self._sessions[connection], request)
+
+    def lost(self, connection: Connection) -> None:
+        """See `Host.lost`."""
+        ticket = self._connections.pop(connection, None)
+        if session := self._sessions.pop(connection, None):
+            self._drop(session)
+        if ticket is not None:
+            self._end(ticket)
+
+    def _submit(self, session: Session, request: Request) -> None:
+        self.scheduler.submit(session, request)
+        if not self._is_stepping:
+            self._is_stepping = True
+            self._loop.call_soon(self._step)
+
+    def _step(self) -> None:
+        """Lets the scheduler do one step; the next one comes when what has arrived meanwhile is read."""
+        try:
+            for session, reply in self.scheduler.step():
                 if session in self._sinks:
-                    self._sinks[session](frame)
-            await asyncio.sleep(0)  # reads what has come meanwhile
+                    self._sinks[session](encode_reply(reply))
+        except Exception:  # what broke one batch must not end the draft
+            logger.exception("a pass of the draft model failed; its sessions end with it")
+            for session in list(self._sinks):
+                self._drop(session)
+            for connection in list(self._sessions):
+                connection.abort()
+        self._is_stepping = self.scheduler.has_work
+        if self._is_stepping:
+            self._loop.call_soon(self._step)
 
     async def _listen(self, host: str, ports: range | None) -> tuple[str, int]:
         async with self._is_opening:
@@ -222,15 +242,11 @@ class Listener:
     async def _open_server(self, host: str, ports: range) -> asyncio.Server:
         for port in ports:
             try:
-                server = await asyncio.start_server(self._serve, host, port, limit=_READ_AHEAD_BYTES, **self._security())
-            except OSError as error:
-                if error.errno == errno.EADDRINUSE:
-                    continue
-                raise ConfigError(f"exchange: cannot listen on {host}:{port}: {error.strerror}") from error
-            break
-        else:
-            raise ConfigError(f"exchange.ports: expected a free one on {host}, got {ports} all in use")
-        return server
+                return await self._loop.create_server(lambda: Connection(self), host, port, **self._security())
+            except OSError as error:  # noqa: PERF203  one port after the other
+                if error.errno != errno.EADDRINUSE:
+                    raise ConfigError(f"exchange: cannot listen on {host}:{port}: {error.strerror}") from error
+        raise ConfigError(f"exchange.ports: expected a free one on {host}, got {ports} all in use")
 
     def _security(self) -> dict[str, Any]:
         return {"ssl": self._tls, "ssl_handshake_timeout": self._limits.hello_timeout_s} if self._tls else {}
@@ -242,71 +258,16 @@ class Listener:
         self._loop.call_later(self._limits.hello_timeout_s, self._expire, ticket)
 
     def _expire(self, ticket: Ticket) -> None:
-        if ticket.writer is None:
+        if ticket.connection is None:
             self._end(ticket)
 
     def _end(self, ticket: Ticket) -> None:
         if ticket in self._tickets:
             self._tickets.remove(ticket)
-        if ticket.writer is not None:
-            ticket.writer.close()
+        if ticket.connection is not None:
+            ticket.connection.close()
         if not ticket.ended.done():
             ticket.ended.set_result(None)
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One connection, from its key to its end."""
-        tune(writer.get_extra_info("socket"))
-        ticket: Ticket | None = None
-        self._connections.add(writer)
-        try:
-            ticket, target = await self._welcome(reader)
-            ticket.writer = writer
-            await self._converse(reader, writer, target)
-        except (SpecDecodeError, TimeoutError) as error:
-            logger.warning("a target's connection is refused: %s", error)
-            writer.write(encode(Kind.REFUSAL, str(error).encode()))
-        except (asyncio.IncompleteReadError, OSError, asyncio.CancelledError):
-            pass  # the target has gone, or the listener ends; streams before Python 3.12 complain of a task that is cancelled
-        finally:
-            writer.close()
-            if ticket is not None:
-                self._end(ticket)
-            try:  # to bring what is unsent to its reader, but not for ever
-                await asyncio.wait_for(writer.wait_closed(), self._limits.hello_timeout_s)
-            except (asyncio.TimeoutError, OSError, asyncio.CancelledError):
-                writer.transport.abort()
-            self._connections.discard(writer)
-
-    async def _welcome(self, reader: asyncio.StreamReader) -> tuple[Ticket, ModelTokens]:
-        """Waits for the key."""
-        if self._num_strangers >= self._limits.max_strangers:
-            raise ExchangeError("refused", "too many connections without a key")
-        self._num_strangers += 1
-        try:
-            payload = await asyncio.wait_for(_read_hello(reader), self._limits.hello_timeout_s)
-        except asyncio.TimeoutError as error:
-            raise ExchangeError("refused", "expected a hello, got none in time") from error
-        finally:
-            self._num_strangers -= 1
-        found = [ticket for ticket in self._tickets if hmac.compare_digest(ticket.key, payload[:KEY_BYTES])]
-        if not found or found[0].writer is not None:
-            raise ExchangeError("refused", "expected a key that was given out and not used yet")
-        return found[0], decode_hello(payload)
-
-    async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, target: ModelTokens) -> None:
-        session = self.scheduler.open(target)
-        self._sinks[session] = partial(self._send, session, writer)
-        try:
-            writer.write(encode(Kind.WELCOME))
-            while True:
-                header = decode_header(await reader.readexactly(HEADER_BYTES), self._limits.max_frame_bytes)
-                payload = await reader.readexactly(header.num_bytes)
-                if header.kind != Kind.REQUEST:
-                    raise ExchangeError("garbled", f"expected a request, got {header.kind.name}")
-                self.scheduler.submit(session, decode_request(header.round, payload))
-                self._arrived.set()
-        finally:
-            self._drop(session)
 
     async def _call(self, caller: str, target: ModelTokens, frame: bytes) -> bytes:
         header = decode_header(frame[:HEADER_BYTES], self._limits.max_frame_bytes)
@@ -321,27 +282,12 @@ class Listener:
             self._drop(self._callers.popitem(last=False)[1])
         reply: asyncio.Future[bytes] = self._loop.create_future()
         self._sinks[session] = lambda frame: None if reply.done() else reply.set_result(frame)
-        self.scheduler.submit(session, request)
-        self._arrived.set()
+        self._submit(session, request)
         try:
             return await asyncio.wait_for(reply, request.patience_s)
         except asyncio.TimeoutError as error:
             raise ExchangeError("late", "no answer in time") from error
 
-    def _send(self, session: Session, writer: asyncio.StreamWriter, frame: bytes) -> None:
-        writer.write(frame)
-        if writer.transport.get_write_buffer_size() > self._limits.max_unsent_bytes:
-            logger.warning("a target does not read its replies: its session ends")
-            self._drop(session)
-            writer.transport.abort()
-
     def _drop(self, session: Session) -> None:
         self._sinks.pop(session, None)
         self.scheduler.close(session)
-
-
-async def _read_hello(reader: asyncio.StreamReader) -> bytes:
-    header = decode_header(await reader.readexactly(HEADER_BYTES), _MAX_HELLO_BYTES)
-    if header.kind != Kind.HELLO:
-        raise ExchangeError("refused", "expected a hello")
-    return await reader.readexactly(header.num_bytes)
