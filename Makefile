@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ONCE ?=
 
-.PHONY: install demo serve test lint bench
+.PHONY: install demo serve test lint bench drills soak
 
 install: $(STAMP)
 
@@ -30,3 +30,9 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/specdecode benchmark --config configs/tiny/benchmark.yaml
+
+drills: $(STAMP)
+	$(BIN)/python -m jobs.drills --config configs/tiny/drills.yaml
+
+soak: $(STAMP)
+	$(BIN)/python -m jobs.soak --config configs/tiny/soak.yaml

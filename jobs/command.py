@@ -1,12 +1,16 @@
 """What the jobs' command lines share: a configuration file and overrides in, one library call, an exit status out."""
 
 import argparse
+import io
 import logging
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeVar
 
 from pydantic import BaseModel
+from rich.console import Console
+from rich.table import Table
 
 from specdecode.config import load_config
 from specdecode.errors import UserError
@@ -14,20 +18,42 @@ from specdecode.errors import UserError
 Config = TypeVar("Config", bound=BaseModel)
 
 
-def run_job(name: str, description: str, model: type[Config], job: Callable[[Config], str], arguments: list[str] | None) -> int:
+@dataclass(frozen=True)
+class Verdict:
+    """What a job that puts something to the test has found, and whether all of it is as it should be."""
+
+    text: str
+    is_good: bool
+
+
+def run_job(
+    name: str, description: str, model: type[Config], job: Callable[[Config], str | Verdict], arguments: list[str] | None
+) -> int:
     """Runs `job` on the file given with --config and prints what it returns.
 
     Returns:
-        0, or 2 for what the user can fix, which is said in one line.
+        0; 1 after a verdict that is not good; 2 for what the user can fix, which is said in one line.
     """
     parser = argparse.ArgumentParser(prog=f"python -m jobs.{name}", description=description)
     parser.add_argument("--config", required=True, help="a YAML file, such as those under configs/tiny")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it has a line for each request
     try:
-        print(job(load_config(options.config, model, options.overrides)))
+        result = job(load_config(options.config, model, options.overrides))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
+    verdict = result if isinstance(result, Verdict) else Verdict(result, is_good=True)
+    print(verdict.text)
+    return 0 if verdict.is_good else 1
+
+
+def as_text(*tables: Table) -> str:
+    """Tables as they are printed."""
+    text = io.StringIO()
+    console = Console(file=text, width=140)
+    for table in tables:
+        console.print(table)
+    return text.getvalue()

@@ -6,6 +6,8 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from jobs.drills import DrillsConfig
+from jobs.soak import SoakConfig
 from serve.config import ServeConfig
 from specdecode.config import check_config, load_config
 from specdecode.evaluation.speed import SpeedConfig
@@ -23,7 +25,9 @@ MODELS: dict[str, type[BaseModel]] = {
     "tiny/distill_code.yaml": DraftTrainingConfig,
     "tiny/distill_generic.yaml": DraftTrainingConfig,
     "tiny/distill_reasoning.yaml": DraftTrainingConfig,
+    "tiny/drills.yaml": DrillsConfig,
     "tiny/pretrain_target.yaml": TargetTrainingConfig,
+    "tiny/soak.yaml": SoakConfig,
     "tiny/tokenizer.yaml": TokenizerConfig,
     "tiny/train_release.yaml": ReleaseConfig,
     "tiny/verifiers.yaml": SpeedConfig,

@@ -1,7 +1,7 @@
 """Two machines as far as the network can tell: two namespaces of their own, with an address each, and a wire between them.
 
-`unshare -Urnpf --mount-proc python -m tests.serve.namespaces FOLDER` runs in the first one. It makes the second one, starts a Ray node in
-each, serves a target in the first with a draft in the second, and prints what it has seen.
+`unshare -Urnpf --mount-proc python -m tests.serve.namespaces FOLDER` runs in the first one. It makes the second one, starts a
+Ray node in each, serves a target in the first with a draft in the second, and prints what it has seen.
 """
 
 import json
@@ -85,8 +85,9 @@ def main() -> None:
         node(there, cluster.address, folder / "node.txt"),
         serving(folder, small_config(change), {"RAY_ADDRESS": cluster.address, "RAY_AUTH_MODE": "disabled"}) as server,
     ):
-        [lease] = server.wait_for_lines("draft code: leased at", timeout_s=60)
-        [placed] = server.wait_for_lines("model=tiny/draft-code placed")
+        # Each node shows the lines of all, as they have one folder for them.
+        lease = server.wait_for_lines("draft code: leased at", timeout_s=60)[0]
+        placed = server.wait_for_lines("model=tiny/draft-code placed")[0]
         answer = httpx.post(f"{server.url}/v1/completions", json=BODY, timeout=60).json()
         seen = {
             "lease": lease.rpartition(" at ")[2],

@@ -235,6 +235,7 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
     def change(args: dict[str, Any]) -> None:
         args["target"]["deployment"] = {
             "num_replicas": 2,
+            "graceful_shutdown_timeout_s": 5.0,  # one of them is still waiting for a node at the end
             "ray_actor_options": {"num_cpus": 0.2, "num_gpus": 1, "resources": {"target_gpu": 1}},
         }
         half = {"num_cpus": 0.1, "num_gpus": 0.5, "resources": {"draft_gpu": 0.5}}
