@@ -193,7 +193,7 @@ class DraftModelConfig(DeployedModel, _Lookup):
     placement: Literal["deployment", "local"] = Field(
         default="deployment", description="a deployment of its own, or local: in the target's process, on its device"
     )
-    support: int = Field(default=DEFAULT_SUPPORT, gt=0, description="how many tokens each q covers at the most")
+    support: int = Field(default=DEFAULT_SUPPORT, gt=0, le=4096, description="how many tokens each q covers at the most")
     min_confidence: float = Field(
         default=0.0, ge=0, le=1, description="a draft ends where its model gives all of it less than this probability"
     )

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import time
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -120,7 +121,7 @@ class HandleChannel:
         """See `Channel.receive`."""
         try:
             frame = self._calls.pop(0).result(max(0.0, deadline - time.monotonic()))
-        except TimeoutError as error:
+        except FutureTimeoutError as error:
             raise ExchangeError("late", "no answer in time") from error
         except Exception as error:  # whatever a call through Serve may raise
             raise ExchangeError("gone", f"the call failed: {error!r}") from error

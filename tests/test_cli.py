@@ -118,7 +118,7 @@ def test_generate_reads_a_file_and_options_override_it(capsys: pytest.CaptureFix
     ("options", "message"),
     [
         (["--K", "-1"], "K: expected at least 0, got -1"),
-        (["--temperature", "-1"], "temperature: expected a number of at least 0, got -1.0"),
+        (["--temperature", "-1"], "temperature: expected a number in [0, 1e+30], got -1.0"),
         (["--top-p", "0"], "top_p: expected a number in (0, 1], got 0.0"),
         (["--top-p", "1.1"], "top_p: expected a number in (0, 1], got 1.1"),
         (["--max-tokens", "0"], "max_tokens: expected at least 1, got 0"),

@@ -12,6 +12,8 @@ import torch
 from specdecode.errors import RequestError
 
 FinishReason = Literal["stop", "length"]
+# Beyond it float32 has no room for what becomes of logits, and one request would fail all those that it is decoded with.
+_HOTTEST, _STRONGEST = 1e30, 1e6
 VerifierName = Literal["rejection", "block", "coupled"]
 
 
@@ -73,12 +75,13 @@ class SamplingParams:
         freeze("bad_words_ids", tuple(tuple(word) for word in self.bad_words_ids))
         if self.allowed_token_ids is not None:
             freeze("allowed_token_ids", frozenset(self.allowed_token_ids))
-        _require(0 <= self.temperature < float("inf"), "temperature", self.temperature, "a number of at least 0")
+        _require(0 <= self.temperature <= _HOTTEST, "temperature", self.temperature, f"a number in [0, {_HOTTEST:g}]")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "a number in (0, 1]")
-        _require(self.top_k >= 0, "top_k", self.top_k, "0, for all tokens, or a positive number")
+        _require(0 <= self.top_k < 2**31, "top_k", self.top_k, "0, for all tokens, or a positive number below 2**31")
         _require(0 <= self.min_p <= 1, "min_p", self.min_p, "a number in [0, 1]")
         repetition = self.repetition_penalty
-        _require(0 < repetition < float("inf"), "repetition_penalty", repetition, "a number above 0")
+        expected = f"a number in [{1 / _STRONGEST:g}, {_STRONGEST:g}]"
+        _require(1 / _STRONGEST <= repetition <= _STRONGEST, "repetition_penalty", repetition, expected)
         _require(-2 <= self.presence_penalty <= 2, "presence_penalty", self.presence_penalty, "a number in [-2, 2]")
         _require(-2 <= self.frequency_penalty <= 2, "frequency_penalty", self.frequency_penalty, "a number in [-2, 2]")
         _require(

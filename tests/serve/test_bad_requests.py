@@ -33,6 +33,8 @@ BAD_COMPLETIONS = [
     ({"top_p": 0}, 400, "top_p"),
     ({"top_p": 1.5}, 400, "top_p"),
     ({"top_k": -2}, 400, "top_k"),
+    ({"top_k": 10**30}, 400, "top_k"),
+    ({"temperature": 1e300}, 400, "temperature"),
     ({"n": 0}, 400, "n"),
     ({"n": 1000}, 400, "n"),
     ({"seed": -1}, 400, "seed"),
