@@ -261,7 +261,9 @@ class ExchangeConfig(StrictModel):
     transport: Literal["tcp", "handle"] = Field(
         default="tcp", description="tcp: a connection beside Serve; handle: a Serve call each round, to compare with"
     )
-    ports: tuple[int, int] | None = Field(default=None, description="the first and the last port to listen on; any if unset")
+    ports: list[int] | None = Field(
+        default=None, min_length=2, max_length=2, description="the first and the last port to listen on; any if unset"
+    )
     max_sessions: int = Field(default=64, gt=0, description="how many targets a draft's replica takes on")
     max_frame_bytes: int = Field(default=16 << 20, ge=1 << 12, description="the longest message")
     tls: TlsConfig | None = Field(default=None, description="encrypts the connections; plain if unset")
@@ -274,7 +276,7 @@ class ExchangeConfig(StrictModel):
     @model_validator(mode="after")
     def _check_ports(self) -> "ExchangeConfig":
         if self.ports is not None and not 0 < self.ports[0] <= self.ports[1] < 1 << 16:
-            raise ValueError(f"ports: expected two port numbers, the first not above the last, got {list(self.ports)}")
+            raise ValueError(f"ports: expected two port numbers, the first not above the last, got {self.ports}")
         return self
 
 

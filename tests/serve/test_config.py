@@ -12,6 +12,7 @@ from transformers import LlamaConfig
 
 from serve.config import DraftModelConfig, NgramConfig, ServeConfig
 from serve.local import load_deployment
+from specdecode.config import check_config
 from specdecode.errors import ConfigError, ModelError
 from tests.serve.conftest import CONFIG, ROOT
 
@@ -120,3 +121,26 @@ def test_the_command_says_it_in_one_line_and_exits_with_2(tmp_path: Path) -> Non
     assert ended.returncode == 2
     assert ended.stderr.startswith("specdecode: ")
     assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("exchange", "expected"),
+    [
+        ({"ports": [20010, 20000]}, "exchange: ports: expected two port numbers, the first not above the last"),
+        ({"ports": [0, 5]}, "exchange: ports: expected two port numbers"),
+        ({"ports": [20000]}, "exchange.ports"),
+        ({"transport": "udp"}, "exchange.transport"),
+        ({"max_sessions": 0}, "exchange.max_sessions"),
+        ({"tls": {"certificate": "a.pem"}}, "exchange.tls.key"),
+    ],
+)
+def test_a_mistake_in_the_exchange_is_one_line(exchange: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        check_config({"target": {"model": "tiny/target"}, "exchange": exchange}, ServeConfig, where="file")
+
+
+def test_the_ports_of_the_exchange_are_a_range() -> None:
+    config = check_config(
+        {"target": {"model": "tiny/target"}, "exchange": {"ports": [20000, 20002]}}, ServeConfig, where="file"
+    )
+    assert list(config.exchange.port_range or []) == [20000, 20001, 20002]
