@@ -4,6 +4,8 @@ The application runs on Ray Serve as it would for users, and answers streams; th
 configuration and the same requests. Both take turns, so that a drift of the machine meets both alike.
 """
 
+from serve.local import Deployment, deployed, load_deployment  # isort: skip  # before all else that imports Ray
+
 import asyncio
 import json
 import statistics
@@ -19,7 +21,6 @@ from pydantic import Field
 
 from serve.config import DraftModelConfig, ServeConfig
 from serve.draft import model_drafter
-from serve.local import Deployment, deployed, load_deployment
 from serve.schema import NO_DRAFT
 from specdecode.backends.backend import open_model
 from specdecode.config import StrictModel
