@@ -148,9 +148,9 @@ def _every_draft(drafter: Drafter, sequences: list[Sequence], num_choices: int) 
     k = max(sequence.route.k for sequence in sequences)
     scripts = torch.tensor(list(product(range(num_choices), repeat=k)), dtype=torch.float64).reshape(num_choices**k, k)
     copies = [_sequence_like(sequence) for sequence in sequences for _ in scripts]
-    script_of = {copy: scripts[number % len(scripts)] for number, copy in enumerate(copies)}
+    script_of = {copy.seed: scripts[number % len(scripts)] for number, copy in enumerate(copies)}  # also where it is told of
     with (
-        mock.patch("specdecode.decoding.drafters._uniforms", lambda drawn, _: [script_of[sequence] for sequence in drawn]),
+        mock.patch("specdecode.decoding.drafters._uniforms", lambda drawn, _: [script_of[s.seed] for s in drawn]),
         mock.patch("specdecode.decoding.drafters.sample", _follow_script),
     ):
         proposed = drafter.propose(copies)
