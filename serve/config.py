@@ -243,14 +243,24 @@ class TlsConfig(StrictModel):
     authority: str = Field(description="who must have signed it; the certificate itself if it is self-signed")
 
     def server_context(self) -> ssl.SSLContext:
-        """What a draft shows."""
+        """What a draft shows; raises a `ConfigError` if the files cannot be used."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(self.certificate, self.key)
+        try:
+            context.load_cert_chain(self.certificate, self.key)
+        except OSError as error:  # ssl.SSLError is one
+            raise ConfigError(f"exchange.tls: {self.certificate} with {self.key} cannot be used: {error}") from error
         return context
 
     def client_context(self) -> ssl.SSLContext:
-        """What a target insists on; the name in the certificate is not compared, as a draft may run on any node."""
-        context = ssl.create_default_context(cafile=self.authority)
+        """What a target insists on; the name in the certificate is not compared, as a draft may run on any node.
+
+        Raises:
+            ConfigError: the file cannot be used.
+        """
+        try:
+            context = ssl.create_default_context(cafile=self.authority)
+        except OSError as error:
+            raise ConfigError(f"exchange.tls: authority: {self.authority} cannot be used: {error}") from error
         context.check_hostname = False
         return context
 
@@ -272,6 +282,13 @@ class ExchangeConfig(StrictModel):
     def port_range(self) -> range | None:
         """The ports to try."""
         return None if self.ports is None else range(self.ports[0], self.ports[1] + 1)
+
+    @model_validator(mode="after")
+    def _check_transport(self) -> "ExchangeConfig":
+        for name in ("ports", "tls"):
+            if self.transport == "handle" and getattr(self, name) is not None:
+                raise ValueError(f"{name}: of use only with transport tcp")
+        return self
 
     @model_validator(mode="after")
     def _check_ports(self) -> "ExchangeConfig":

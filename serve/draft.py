@@ -15,10 +15,10 @@ from serve.metrics import METRICS_PERIOD_S, Metrics
 from specdecode.backends.backend import ModelBackend, open_model
 from specdecode.backends.huggingface import HuggingFaceBackend
 from specdecode.decoding.drafters import ModelDrafter
-from specdecode.exchange.listener import Limits, Listener
+from specdecode.exchange.connection import Limits
+from specdecode.exchange.listener import Listener
 from specdecode.exchange.messages import ModelTokens
 from specdecode.exchange.scheduler import DraftScheduler, SchedulerConfig
-from specdecode.vocabulary import translate
 
 LOOPBACK = "127.0.0.1"
 
@@ -129,10 +129,4 @@ def model_drafter(backend: ModelBackend, config: DraftModelConfig, target: Model
     Raises:
         ModelError: its vocabulary has too little in common with the target's.
     """
-    return ModelDrafter(
-        backend,
-        translate(backend, target),
-        eos_token_ids=target.eos_token_ids,
-        support=config.support,
-        min_confidence=config.min_confidence,
-    )
+    return ModelDrafter.between(backend, target, support=config.support, min_confidence=config.min_confidence)

@@ -4,6 +4,7 @@ Knows shapes and ranges; neither tokens nor models.
 """
 
 import re
+from abc import ABC, abstractmethod
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -45,7 +46,7 @@ class SpeculativeOptions(_Request):
     rounds: bool = Field(default=False, description="in a stream, say in each chunk how much of its text was drafted")
 
 
-class GenerationRequest(_Request):
+class GenerationRequest(_Request, ABC):
     """What `/v1/completions` and `/v1/chat/completions` have in common."""
 
     model: str
@@ -93,9 +94,9 @@ class GenerationRequest(_Request):
         return [self.stop] if isinstance(self.stop, str) else self.stop
 
     @property
+    @abstractmethod
     def num_logprobs(self) -> int | None:
         """How many of the most likely tokens are reported at each generated one's place; None for not even its own."""
-        raise NotImplementedError
 
     @property
     def is_echoed(self) -> bool:

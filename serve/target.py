@@ -11,6 +11,7 @@ from collections.abc import Sequence as Several
 from concurrent.futures import Future
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 from ray import serve
@@ -234,7 +235,7 @@ class EngineThread:
         self._observe = observe
         self._on_failure = on_failure
         self._loop = asyncio.get_running_loop()
-        self._orders: queue.SimpleQueue[tuple[str, Sequence | Callable[[], None]]] = queue.SimpleQueue()
+        self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._streams: dict[Sequence, asyncio.Queue[Round | Exception | None]] = {}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -243,7 +244,7 @@ class EngineThread:
         """Submits the sequence; yields none once it is taken on, then its rounds as they come; to leave cancels it."""
         ready: asyncio.Queue[Round | Exception | None] = asyncio.Queue()
         self._streams[sequence] = ready
-        self._orders.put(("submit", sequence))
+        self._orders.put(partial(self._submit, sequence))
         try:
             while True:
                 rounds = await _all_ready(ready)
@@ -252,7 +253,7 @@ class EngineThread:
                     return
         finally:
             del self._streams[sequence]
-            self._orders.put(("cancel", sequence))
+            self._orders.put(partial(self._cancel, sequence))
 
     @property
     def num_streams(self) -> int:
@@ -271,7 +272,7 @@ class EngineThread:
             except Exception as error:  # is told to whoever asked
                 seen.set_exception(error)
 
-        self._orders.put(("inspect", show))
+        self._orders.put(show)
         return await asyncio.wrap_future(seen)
 
     def check(self) -> None:
@@ -297,21 +298,20 @@ class EngineThread:
     def _take_orders(self) -> None:
         """Carries out what was asked for since the last round; waits for it when there is nothing else to do."""
         while not self._engine.has_work or not self._orders.empty():
-            order, sequence = self._orders.get()
-            if not isinstance(sequence, Sequence):
-                sequence()
-                continue
-            if order == "cancel":
-                self._engine.cancel(sequence)
-                ending = sequence.finish_reason or "cancelled"
-                logger.info("generation id=%s ending=%s tokens=%d", sequence.id, ending, sequence.num_generated)
-                continue
-            try:
-                self._engine.submit(sequence)
-            except Exception as error:
-                self._deliver([(sequence, error)])
-            else:
-                self._deliver([(sequence, None)])
+            self._orders.get()()
+
+    def _submit(self, sequence: Sequence) -> None:
+        try:
+            self._engine.submit(sequence)
+        except Exception as error:
+            self._deliver([(sequence, error)])
+        else:
+            self._deliver([(sequence, None)])
+
+    def _cancel(self, sequence: Sequence) -> None:
+        self._engine.cancel(sequence)
+        ending = sequence.finish_reason or "cancelled"
+        logger.info("generation id=%s ending=%s tokens=%d", sequence.id, ending, sequence.num_generated)
 
     def _deliver(self, items: Several[tuple[Sequence, Round | Exception | None]]) -> None:
         if items:

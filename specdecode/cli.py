@@ -75,7 +75,7 @@ def main(arguments: Arguments[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="specdecode", description="Lossless speculative decoding with several drafts.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
 
     generate = commands.add_parser("generate", help="continue a prompt, and print what it took")
     generate.set_defaults(run=_generate)
@@ -232,31 +232,25 @@ def _optional_config(parsed: argparse.Namespace, kind: type[_Config]) -> _Config
     """The file's keys if there is a file, with those that are set over them."""
     if parsed.config:
         return load_config(parsed.config, kind, parsed.set)
-    return check_config(with_overrides({}, parsed.set), kind, where=kind.__name__)
+    return check_config(with_overrides({}, parsed.set), kind, where=parsed.command)
 
 
 def _overhead(parsed: argparse.Namespace) -> None:
-    from rich.table import Table
-
     from specdecode.evaluation.overhead import OverheadConfig, measure_overhead, measure_prefix_reuse, measure_share
 
     config = _optional_config(parsed, OverheadConfig)
     title = f"batch {config.batch}, K {config.K}, vocabulary {config.vocab_size}: median ms of a round without forward passes"
-    table = Table(title=title, box=None)
-    for heading in ("setting", "round", "drafting", "constraints", "distributions", "acceptance", "tokens kept"):
-        table.add_column(heading, justify="left" if heading == "setting" else "right")
+    table = _table(("setting", "round", "drafting", "constraints", "distributions", "acceptance", "tokens kept"), title)
     for row in measure_overhead(config):
         times = (row.total_ms, row.draft_ms, row.constrain_ms, row.normalise_ms, row.accept_ms)
         table.add_row(row.setting, *(f"{value:.1f}" for value in times), f"{row.kept:.0f}")
-    share = Table(title=f"{config.target} with {config.draft}: median ms of a round", box=None)
-    for heading in ("setting", "batch", "round", "not in a forward pass", "share"):
-        share.add_column(heading, justify="left" if heading == "setting" else "right")
+    title = f"{config.target} with {config.draft}: median ms of a round"
+    share = _table(("setting", "batch", "round", "not in a forward pass", "share"), title)
     for part in measure_share(config):
         percent = f"{part.other_ms / part.round_ms:.1%}"
         share.add_row(part.setting, str(part.batch), f"{part.round_ms:.2f}", f"{part.other_ms:.2f}", percent)
-    prefix = Table(title=f"{config.target}: time to the first token after a prompt of 1024 tokens", box=None)
-    for heading in ("shared with a request before", "computed", "ms"):
-        prefix.add_column(heading, justify="right")
+    title = f"{config.target}: time to the first token after a prompt of 1024 tokens"
+    prefix = _table(("shared with a request before", "computed", "ms"), title, num_left=0)
     for reuse in measure_prefix_reuse(config):
         prefix.add_row(str(reuse.num_shared), str(reuse.num_computed), f"{reuse.ttft_ms:.1f}")
     _print_tables(table, share, prefix)
@@ -277,6 +271,16 @@ def _synthetic(parsed: argparse.Namespace) -> None:
     print(f"entropy    {figures.entropy:.2f} nats; the later layers are scaled by {figures.residual_scale:.4f}")
 
 
+def _table(headings: tuple[str, ...], title: str | None = None, num_left: int = 1) -> "Table":
+    """A table of which the first columns are text, and the others numbers."""
+    from rich.table import Table
+
+    table = Table(title=title, box=None)
+    for place, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if place < num_left else "right", no_wrap=True)
+    return table
+
+
 def _print_tables(*tables: "Table") -> None:
     from rich.console import Console
 
@@ -286,8 +290,6 @@ def _print_tables(*tables: "Table") -> None:
 
 
 def _benchmark(parsed: argparse.Namespace) -> None:
-    from rich.table import Table
-
     from specdecode.evaluation.speed import SpeedConfig, measure_speed, summarise
 
     records = []
@@ -296,11 +298,9 @@ def _benchmark(parsed: argparse.Namespace) -> None:
             records.append(record)
             if file:
                 print(json.dumps(asdict(record)), file=file, flush=True)
-    table = Table(box=None)
     left = ("domain", "draft", "verifier")
     right = ("acceptance", "tokens/draft", "tokens/pass", "tok/s", "speed-up", "draft ms", "verify ms", "different")
-    for heading in left + right:
-        table.add_column(heading, justify="left" if heading in left else "right", no_wrap=True)
+    table = _table(left + right, num_left=len(left))
     for row in summarise(records):
         table.add_row(
             row.domain,
@@ -319,15 +319,11 @@ def _benchmark(parsed: argparse.Namespace) -> None:
 
 
 def _exchange(parsed: argparse.Namespace) -> None:
-    from rich.table import Table
-
     from serve.ladder import LadderConfig, measure_ladder
 
     config = _optional_config(parsed, LadderConfig)
     title = f"K {config.K}, q of {config.support} tokens: ms from asking for drafts to having them, less the draft's own work"
-    table = Table(title=title, box=None)
-    for heading in ("way", "batch", "p50", "p90", "p99", "draft's work"):
-        table.add_column(heading, justify="left" if heading == "way" else "right")
+    table = _table(("way", "batch", "p50", "p90", "p99", "draft's work"), title)
     for row in measure_ladder(config):
         times = (row.p50_ms, row.p90_ms, row.p99_ms, row.draft_ms)
         table.add_row(row.rung, str(row.batch), *(f"{value:.2f}" for value in times))
@@ -335,26 +331,12 @@ def _exchange(parsed: argparse.Namespace) -> None:
 
 
 def _remote(parsed: argparse.Namespace) -> None:
-    from rich.table import Table
-
     from specdecode.evaluation.remote import RemoteConfig, measure_remote, summarise
 
     config = _optional_config(parsed, RemoteConfig)
-    table = Table(title=f"{config.target} with {config.draft}, K {config.K}, temperature {config.temperature:g}", box=None)
-    headings = (
-        "draft",
-        "batch",
-        "tok/s",
-        "to local",
-        "acceptance",
-        "wait ms",
-        "verify ms",
-        "exchange ms",
-        "ahead",
-        "different",
-    )
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == "draft" else "right", no_wrap=True)
+    title = f"{config.target} with {config.draft}, K {config.K}, temperature {config.temperature:g}"
+    right = ("batch", "tok/s", "to local", "acceptance", "wait ms", "verify ms", "exchange ms", "ahead", "different")
+    table = _table(("draft", *right), title)
     for row in summarise(list(measure_remote(config)), config.temperature):
         table.add_row(
             row.arm,
@@ -372,14 +354,11 @@ def _remote(parsed: argparse.Namespace) -> None:
 
 
 def _http(parsed: argparse.Namespace) -> None:
-    from rich.table import Table
-
     from serve.http_speed import HttpSpeedConfig, measure_http
 
     config = _optional_config(parsed, HttpSpeedConfig)
-    table = Table(title=f"{config.serve}, draft {config.draft}, K {config.K}: medians of {config.num_repeats}", box=None)
-    for heading in ("", "streams", "tok/s", "to engine", "first token ms", "over engine ms"):
-        table.add_column(heading, justify="right" if heading else "left")
+    title = f"{config.serve}, draft {config.draft}, K {config.K}: medians of {config.num_repeats}"
+    table = _table(("", "streams", "tok/s", "to engine", "first token ms", "over engine ms"), title)
     for row in measure_http(config):
         figures = (f"{row.tokens_per_second:.1f}", f"{row.to_engine:.2f}x", f"{row.ttft_ms:.1f}", f"{row.extra_ttft_ms:.1f}")
         table.add_row(row.side, str(row.concurrency), *figures)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Several
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from specdecode.decoding.distributions import draft_distributions
 from specdecode.decoding.sampling import Purpose, sample, uniforms
 from specdecode.decoding.sequence import Draft, Sequence
 from specdecode.errors import RequestError
-from specdecode.vocabulary import SameVocabulary, Translation
+from specdecode.vocabulary import HasTokens, SameVocabulary, Translation, translate
 
 DEFAULT_SUPPORT = 64
 
@@ -52,6 +52,15 @@ class NoDrafter:
         return [Draft.empty() for _ in sequences]
 
 
+class HasTokensAndEnds(HasTokens, Protocol):
+    """A model's vocabulary, and the tokens that end a generation."""
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """The model's own end tokens."""
+        ...
+
+
 class ModelDrafter:
     """Guesses with a smaller model, all sequences together.
 
@@ -77,6 +86,15 @@ class ModelDrafter:
         self._eos_token_ids = backend.eos_token_ids if eos_token_ids is None else eos_token_ids
         self._support = support
         self._min_confidence = min_confidence
+
+    @staticmethod
+    def between(backend: ModelBackend, target: HasTokensAndEnds, **options: Any) -> "ModelDrafter":
+        """Makes a drafter of `backend` for another model, of which the tokens are all that matters.
+
+        Raises:
+            ModelError: the two models' vocabularies have too little in common.
+        """
+        return ModelDrafter(backend, translate(backend, target), eos_token_ids=target.eos_token_ids, **options)
 
     def propose(self, sequences: list[Sequence]) -> list[Draft]:
         """See `Drafter.propose`."""

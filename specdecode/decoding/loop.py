@@ -23,7 +23,6 @@ from specdecode.decoding.sequence import Draft, FinishReason, Round, Route, Samp
 from specdecode.decoding.verification import accept
 from specdecode.errors import RequestError
 from specdecode.text import StopCriterion, Tokenizer
-from specdecode.vocabulary import translate
 
 _PROMPT_CHUNK = 256
 
@@ -169,7 +168,7 @@ def as_drafter(draft: ModelBackend | Drafter | None, target: ModelBackend, **opt
         return NoDrafter()
     if not isinstance(draft, ModelBackend):
         return draft
-    return ModelDrafter(draft, translate(draft, target), eos_token_ids=target.eos_token_ids, **options)
+    return ModelDrafter.between(draft, target, **options)
 
 
 def check_sequence(sequence: Sequence, target: ModelBackend) -> None:

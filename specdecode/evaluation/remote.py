@@ -8,7 +8,7 @@ import asyncio
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +30,6 @@ from specdecode.exchange.listener import Listener
 from specdecode.exchange.messages import ModelTokens
 from specdecode.exchange.remote import RemoteDrafter
 from specdecode.exchange.scheduler import DraftScheduler, SchedulerConfig
-from specdecode.vocabulary import translate
 
 Arm = Literal["plain", "local", "remote", "run ahead"]
 ARMS: tuple[Arm, ...] = ("plain", "local", "remote", "run ahead")
@@ -213,8 +212,7 @@ def _draft_process(config: RemoteConfig, target: ModelTokens, *, run_ahead: bool
 def _serve_draft(pipe: Connection, config: RemoteConfig, run_ahead: bool) -> None:
     with _pinned(config.draft_core, config.num_threads):
         backend = create_backend(config.draft)
-        drafter_for: Callable[[ModelTokens], ModelDrafter] = partial(_make_drafter, backend)
-        listener = Listener(DraftScheduler(drafter_for, SchedulerConfig(run_ahead=run_ahead)))
+        listener = Listener(DraftScheduler(partial(ModelDrafter.between, backend), SchedulerConfig(run_ahead=run_ahead)))
 
         async def hold() -> None:
             async with listener.admit() as ticket:
@@ -223,7 +221,3 @@ def _serve_draft(pipe: Connection, config: RemoteConfig, run_ahead: bool) -> Non
 
         asyncio.run(hold())
         listener.close()
-
-
-def _make_drafter(backend: ModelBackend, target: ModelTokens) -> ModelDrafter:
-    return ModelDrafter(backend, translate(backend, target), eos_token_ids=target.eos_token_ids)

@@ -70,7 +70,7 @@ def tune(connection: socket.socket) -> None:
 
 
 class TcpChannel:
-    """A connection to a `DraftListener`. Blocking: it is meant for the thread that decodes.
+    """A connection to a `Listener`. Blocking: it is meant for the thread that decodes.
 
     Args:
         connection: a connected socket.

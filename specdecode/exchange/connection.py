@@ -5,6 +5,7 @@ Until it has shown its key a connection is a stranger, which may say little and 
 
 import asyncio
 import logging
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from specdecode.errors import SpecDecodeError
@@ -27,12 +28,29 @@ _MAX_HELLO_BYTES = 1 << 16
 _MAX_UNANSWERED = 8  # a target waits for its reply; a few more than one is a network that repeats itself
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What is granted to those who connect.
+
+    Attributes:
+        max_sessions: how many targets have a session at a time.
+        max_strangers: how many connections may be open that have not shown a key yet.
+        max_frame_bytes: the longest request.
+        max_unsent_bytes: how much may wait for a target that does not read its replies.
+        hello_timeout_s: how long a connection may take to show its key, and a key waits for its connection.
+    """
+
+    max_sessions: int = 64
+    max_strangers: int = 64
+    max_frame_bytes: int = 16 << 20
+    max_unsent_bytes: int = 32 << 20
+    hello_timeout_s: float = 5.0
+
+
 class Host(Protocol):
     """Whoever the connections belong to."""
 
-    max_frame_bytes: int
-    max_unsent_bytes: int
-    hello_timeout_s: float
+    limits: Limits
 
     def met(self, connection: "Connection") -> None:
         """A stranger has come.
@@ -90,7 +108,7 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport = transport
         tune(transport.get_extra_info("socket"))
         late = "expected a hello, got none in time"
-        self._timer = asyncio.get_running_loop().call_later(self._host.hello_timeout_s, self._refuse, late)
+        self._timer = asyncio.get_running_loop().call_later(self._host.limits.hello_timeout_s, self._refuse, late)
         try:
             self._host.met(self)
         except ExchangeError as error:
@@ -114,7 +132,7 @@ class Connection(asyncio.Protocol):
         """Sends the reply to a request; a target that does not read them is given up."""
         self._num_unanswered -= 1
         self._transport.write(frame)
-        if self._transport.get_write_buffer_size() > self._host.max_unsent_bytes:
+        if self._transport.get_write_buffer_size() > self._host.limits.max_unsent_bytes:
             logger.warning("a target does not read its replies: its session ends")
             self._transport.abort()
 
@@ -123,7 +141,7 @@ class Connection(asyncio.Protocol):
         if not self._transport.is_closing():
             self._transport.close()
             self._timer.cancel()
-            self._timer = asyncio.get_running_loop().call_later(self._host.hello_timeout_s, self._transport.abort)
+            self._timer = asyncio.get_running_loop().call_later(self._host.limits.hello_timeout_s, self._transport.abort)
 
     def abort(self) -> None:
         """Ends the connection at once."""
@@ -132,7 +150,7 @@ class Connection(asyncio.Protocol):
     def _has_frame(self) -> bool:
         """Whether a whole frame has come; its header is checked as soon as it is there."""
         if self._header is None and len(self._received) >= HEADER_BYTES:
-            limit = self._host.max_frame_bytes if self._is_known else _MAX_HELLO_BYTES
+            limit = self._host.limits.max_frame_bytes if self._is_known else _MAX_HELLO_BYTES
             self._header = decode_header(bytes(self._received[:HEADER_BYTES]), limit)
             expected = Kind.REQUEST if self._is_known else Kind.HELLO
             if self._header.kind != expected:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from specdecode.errors import ConfigError
-from specdecode.exchange.connection import Connection
+from specdecode.exchange.connection import Connection, Limits
 from specdecode.exchange.frames import HEADER_BYTES, KEY_BYTES, Kind, decode_header, decode_request, encode_reply
 from specdecode.exchange.messages import ExchangeError, ModelTokens, Request
 from specdecode.exchange.scheduler import DraftScheduler, Session
@@ -28,25 +28,6 @@ from specdecode.exchange.scheduler import DraftScheduler, Session
 logger = logging.getLogger("specdecode.exchange")
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What is granted to those who connect.
-
-    Attributes:
-        max_sessions: how many targets have a session at a time.
-        max_strangers: how many connections may be open that have not shown a key yet.
-        max_frame_bytes: the longest request.
-        max_unsent_bytes: how much may wait for a target that does not read its replies.
-        hello_timeout_s: how long a connection may take to show its key, and a key waits for its connection.
-    """
-
-    max_sessions: int = 64
-    max_strangers: int = 64
-    max_frame_bytes: int = 16 << 20
-    max_unsent_bytes: int = 32 << 20
-    hello_timeout_s: float = 5.0
 
 
 @dataclass(eq=False)
@@ -75,10 +56,7 @@ class Listener:
 
     def __init__(self, scheduler: DraftScheduler, limits: Limits | None = None, tls: ssl.SSLContext | None = None) -> None:
         self.scheduler = scheduler
-        self._limits = limits or Limits()
-        self.max_frame_bytes = self._limits.max_frame_bytes
-        self.max_unsent_bytes = self._limits.max_unsent_bytes
-        self.hello_timeout_s = self._limits.hello_timeout_s
+        self.limits = limits or Limits()
         self._tls = tls
         self._tickets: list[Ticket] = []
         self._sinks: dict[Session, Callable[[bytes], None]] = {}  # where the replies of each session go
@@ -182,7 +160,7 @@ class Listener:
         """See `Host.met`."""
         num_strangers = sum(ticket is None for ticket in self._connections.values())
         self._connections[connection] = None
-        if num_strangers >= self._limits.max_strangers:
+        if num_strangers >= self.limits.max_strangers:
             raise ExchangeError("refused", "too many connections without a key")
 
     def claimed(self, connection: Connection, key: bytes) -> None:
@@ -249,13 +227,13 @@ class Listener:
         raise ConfigError(f"exchange.ports: expected a free one on {host}, got {ports} all in use")
 
     def _security(self) -> dict[str, Any]:
-        return {"ssl": self._tls, "ssl_handshake_timeout": self._limits.hello_timeout_s} if self._tls else {}
+        return {"ssl": self._tls, "ssl_handshake_timeout": self.limits.hello_timeout_s} if self._tls else {}
 
     async def _add(self, ticket: Ticket) -> None:
-        if len(self._tickets) >= self._limits.max_sessions:
+        if len(self._tickets) >= self.limits.max_sessions:
             raise ExchangeError("refused", f"there are {len(self._tickets)} sessions already")
         self._tickets.append(ticket)
-        self._loop.call_later(self._limits.hello_timeout_s, self._expire, ticket)
+        self._loop.call_later(self.limits.hello_timeout_s, self._expire, ticket)
 
     def _expire(self, ticket: Ticket) -> None:
         if ticket.connection is None:
@@ -270,7 +248,7 @@ class Listener:
             ticket.ended.set_result(None)
 
     async def _call(self, caller: str, target: ModelTokens, frame: bytes) -> bytes:
-        header = decode_header(frame[:HEADER_BYTES], self._limits.max_frame_bytes)
+        header = decode_header(frame[:HEADER_BYTES], self.limits.max_frame_bytes)
         if header.kind != Kind.REQUEST or header.num_bytes != len(frame) - HEADER_BYTES:
             raise ExchangeError("garbled", f"expected a whole request, got {header} in {len(frame)} bytes")
         request = decode_request(header.round, frame[HEADER_BYTES:])
@@ -278,7 +256,7 @@ class Listener:
         if session is None or session not in self._sinks:  # a pass that failed has ended it
             session = self.scheduler.open(target)
         self._callers[caller] = session
-        while len(self._callers) > self._limits.max_sessions:
+        while len(self._callers) > self.limits.max_sessions:
             self._drop(self._callers.popitem(last=False)[1])
         reply: asyncio.Future[bytes] = self._loop.create_future()
         self._sinks[session] = lambda frame: None if reply.done() else reply.set_result(frame)

@@ -17,7 +17,8 @@ import torch
 from specdecode.backends.backend import Row
 from specdecode.backends.table import TableModel
 from specdecode.exchange.channel import TcpChannel
-from specdecode.exchange.listener import Limits, Listener, Ticket
+from specdecode.exchange.connection import Limits
+from specdecode.exchange.listener import Listener, Ticket
 from specdecode.exchange.scheduler import DraftScheduler
 from tests.decoding.recording import RecordingBackend
 from tests.exchange.pairs import DRAFT, TOKENS, scheduler

@@ -1,48 +1,28 @@
-"""Who holds a key is served; whoever else comes, and whatever they do, is refused soon and leaves nothing behind."""
+"""Who holds a key is served where the draft listens, until either side ends; what is said wrongly ends a session."""
 
 import asyncio
-import datetime
-import ipaddress
-import random
 import socket
-import ssl
 import struct
 import threading
 import time
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from specdecode.decoding.drafters import ModelDrafter
 from specdecode.errors import ConfigError, ModelError
 from specdecode.exchange.channel import TcpChannel
+from specdecode.exchange.connection import Limits
 from specdecode.exchange.frames import (
-    HEADER_BYTES,
-    KEY_BYTES,
-    MAX_FRAME_BYTES,
     Kind,
-    decode_header,
     decode_reply,
     encode,
-    encode_hello,
     encode_request,
 )
-from specdecode.exchange.listener import Limits, Listener
-from specdecode.exchange.messages import Answer, ExchangeError, Request
-from specdecode.exchange.remote import RemoteDrafter
+from specdecode.exchange.listener import Listener
+from specdecode.exchange.messages import ExchangeError, Request
 from tests.exchange.conftest import HOST, Leasing, wait_until
 from tests.exchange.pairs import (
-    COUPLED,
-    DRAFT,
-    GREEDY,
-    SAMPLED,
-    TARGET,
-    TOKENS,
     VOCAB_SIZE,
     connected,
     decode,
@@ -50,60 +30,19 @@ from tests.exchange.pairs import (
     scheduler,
     varied,
 )
-from tests.exchange.test_scheduler import going_on, introducing, tokens_of
+from tests.exchange.peers import (
+    EVERY,
+    Gate,
+    assert_forgotten,
+    assert_still_works,
+    call,
+    drafter_over,
+    free_port,
+    stranger,
+)
+from tests.exchange.test_scheduler import introducing
 
 pytestmark = pytest.mark.usefixtures("nothing_is_left")
-
-IMPATIENT = Limits(hello_timeout_s=0.3)
-EVERY = GREEDY + SAMPLED + COUPLED
-
-
-def drafter_over(channel: TcpChannel) -> RemoteDrafter:
-    drafter = RemoteDrafter("test", VOCAB_SIZE, deadline_s=30.0)
-    drafter.connect(channel)
-    return drafter
-
-
-def stranger(leasing: Leasing) -> socket.socket:
-    """A connection that has not said anything yet."""
-    connection = socket.create_connection(leasing.address, 10)
-    connection.settimeout(10)
-    return connection
-
-
-def answer_to(connection: socket.socket) -> bytes:
-    """All that comes until the connection is closed."""
-    parts = []
-    with connection:
-        while part := connection.recv(1 << 16):
-            parts.append(part)
-    return b"".join(parts)
-
-
-def refusal(said: bytes) -> str:
-    """What the other side gives as its reason, which is all that it says."""
-    header = decode_header(said[:HEADER_BYTES])
-    assert header.kind == Kind.REFUSAL
-    assert header.num_bytes == len(said) - HEADER_BYTES
-    return said[HEADER_BYTES:].decode()
-
-
-def assert_still_works(leasing: Leasing) -> None:
-    """And nothing is left of those who came before."""
-    wait_until(lambda: leasing.listener.num_sessions == 0)
-    assert leasing.listener.is_alive
-    drafter = drafter_over(leasing.connect())
-    here = ModelDrafter(DRAFT, eos_token_ids=TARGET.eos_token_ids)
-    sequences = varied(GREEDY)
-    assert [d.tokens for d in drafter.propose(sequences)] == [d.tokens for d in here.propose(sequences)]
-    drafter.disconnect()
-    wait_until(lambda: leasing.listener.num_sessions == 0)
-    assert_forgotten(leasing)
-
-
-def assert_forgotten(leasing: Leasing) -> None:
-    schedule = leasing.scheduler
-    wait_until(lambda: (schedule.num_sessions, schedule.num_sequences, schedule.num_pending) == (0, 0, 0))
 
 
 # Those who hold a key
@@ -188,20 +127,15 @@ def test_a_client_that_vanishes_ends_its_lease_and_is_forgotten() -> None:
 
 
 def test_a_client_that_vanishes_while_its_drafts_are_made_is_forgotten() -> None:
-    reached, resumed = threading.Event(), threading.Event()
-
-    def block() -> None:
-        reached.set()
-        resumed.wait(10)
-
+    gate = Gate()
     with Leasing() as leasing:
-        leasing.before_pass = block
+        leasing.before_pass = gate
         ticket = leasing.admit()
         channel = leasing.connect(ticket.key)
         channel.send(encode_request(Request(1, 30.0, [introducing(1, [1], k=50, ignore_eos=True)])))
-        assert reached.wait(10)
+        assert gate.reached.wait(10)
         channel.close()
-        resumed.set()
+        gate.resumed.set()
         ticket.ended.result(10)
         assert_forgotten(leasing)
         assert leasing.scheduler.metrics.num_extended < 50
@@ -259,147 +193,6 @@ def test_drafts_that_no_frame_can_hold_end_the_session_and_not_the_draft(monkeyp
         with monkeypatch.context() as patched:
             patched.setattr("specdecode.exchange.listener.encode_reply", fail)
             assert [draft.tokens for draft in drafter.propose([plain([1])])] == [[]]
-        assert_still_works(leasing)
-
-
-# Those who do not
-
-
-def test_a_wrong_key_is_refused() -> None:
-    with Leasing() as leasing:
-        ticket = leasing.admit()
-        for key in (bytes(KEY_BYTES), ticket.key[:-1] + b"\0" if ticket.key[-1] else ticket.key[:-1] + b"\1"):
-            with pytest.raises(ExchangeError, match="expected a key that was given out") as caught:
-                leasing.connect(key)
-            assert caught.value.cause == "refused"
-        assert not ticket.ended.done()
-        leasing.connect(ticket.key).close()
-        assert_still_works(leasing)
-
-
-def test_a_key_opens_one_session() -> None:
-    with Leasing() as leasing:
-        ticket = leasing.admit()
-        first = leasing.connect(ticket.key)
-        with pytest.raises(ExchangeError, match="not used yet"):
-            leasing.connect(ticket.key)
-        drafter = drafter_over(first)
-        assert len(drafter.propose([plain([1])])[0].tokens) == 4  # whoever came first is not disturbed
-        drafter.disconnect()
-        ticket.ended.result(10)
-        with pytest.raises(ExchangeError, match="expected a key"):
-            leasing.connect(ticket.key)
-        assert_still_works(leasing)
-
-
-def test_a_key_that_nobody_shows_expires() -> None:
-    with Leasing(IMPATIENT) as leasing:
-        ticket = leasing.admit()
-        assert leasing.listener.num_sessions == 1
-        ticket.ended.result(10)
-        assert leasing.listener.num_sessions == 0
-        with pytest.raises(ExchangeError, match="expected a key that was given out"):
-            leasing.connect(ticket.key)
-
-
-def test_a_key_that_was_shown_in_time_does_not_expire() -> None:
-    with Leasing(IMPATIENT) as leasing:
-        ticket = leasing.admit()
-        drafter = drafter_over(leasing.connect(ticket.key))
-        time.sleep(0.6)
-        assert not ticket.ended.done()
-        assert len(drafter.propose([plain([1])])[0].tokens) == 4
-        drafter.disconnect()
-        assert_still_works(leasing)
-
-
-@pytest.mark.parametrize(
-    "begun", [b"", b"S", encode_hello(bytes(KEY_BYTES), TOKENS)[:HEADER_BYTES], encode_hello(bytes(KEY_BYTES), TOKENS)[:-1]]
-)
-def test_a_connection_that_says_no_whole_hello_is_closed_in_time(begun: bytes) -> None:
-    with Leasing(IMPATIENT) as leasing:
-        connection, started = stranger(leasing), time.monotonic()
-        connection.sendall(begun)
-        assert "none in time" in refusal(answer_to(connection))
-        assert 0.2 < time.monotonic() - started < 5
-        assert_still_works(leasing)
-
-
-@pytest.mark.parametrize(
-    ("said", "message"),
-    [
-        (b"GET / HTTP/1.1\r\nHost: draft\r\n\r\n", "begins with b'SPDC', got b'GET '"),
-        (b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03" + b"x" * 99, "begins with b'SPDC'"),  # TLS
-        (b"SPDC\x63\x01" + b"\0" * 10, "expected version 1 of the protocol, got 99"),
-        (b"SPDC\x01\x09" + b"\0" * 10, "expected a frame of kind"),
-        (encode(Kind.WELCOME), "expected a hello"),
-        (encode_request(Request(1, 1.0, [])), "expected a hello"),
-        (encode(Kind.HELLO), "expected a key"),
-        (encode(Kind.HELLO, b"x" * 5), "expected a key"),
-        (encode(Kind.HELLO, b"x" * 60_000), "expected a key"),
-        (b"SPDC\x01\x01" + b"\0" * 6 + struct.pack("<I", 1 << 20), "at most 65536 bytes, got 1048576"),
-    ],
-    ids=range(10),
-)
-def test_whatever_else_a_stranger_says_is_refused(said: bytes, message: str) -> None:
-    with Leasing() as leasing:
-        connection = stranger(leasing)
-        connection.sendall(said)
-        assert message in refusal(answer_to(connection))
-        assert_still_works(leasing)
-
-
-@pytest.mark.parametrize("about", [b"", b"{}", b"[1]", b"[" * 50_000, b'{"name": 1}', b"\xff" * 10])
-def test_the_right_key_with_a_hello_that_says_nothing_is_refused(about: bytes) -> None:
-    with Leasing(IMPATIENT) as leasing:
-        connection = stranger(leasing)
-        connection.sendall(encode(Kind.HELLO, leasing.admit().key + about))
-        assert refusal(answer_to(connection))
-        assert_still_works(leasing)
-
-
-def test_a_stranger_that_goes_away_leaves_nothing() -> None:
-    with Leasing() as leasing:
-        for said in (b"", b"SPDC", encode(Kind.HELLO, b"x" * 50)[:40]):
-            connection = stranger(leasing)
-            connection.sendall(said)
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            connection.close()
-        assert_still_works(leasing)
-
-
-def test_garbage_of_any_kind_does_no_harm() -> None:
-    rng = random.Random(0)
-    with Leasing(IMPATIENT) as leasing:
-        for number in range(40):
-            connection = stranger(leasing)
-            garbage = rng.randbytes(rng.randint(16, 400))
-            connection.sendall(encode(rng.choice(list(Kind)), garbage) if number % 2 else garbage)
-            connection.shutdown(socket.SHUT_WR)
-            answer_to(connection)
-        assert_still_works(leasing)
-
-
-def test_too_many_strangers_are_turned_away_and_those_with_keys_get_in_later() -> None:
-    with Leasing(Limits(max_strangers=3, hello_timeout_s=1.0)) as leasing:
-        waiting = [stranger(leasing) for _ in range(3)]
-        wait_until(lambda: len(leasing.listener._connections) == 3)
-        with stranger(leasing) as one_more:
-            assert "too many connections without a key" in refusal(answer_to(one_more))
-        for connection in waiting:
-            assert "none in time" in refusal(answer_to(connection))
-        assert_still_works(leasing)
-
-
-def test_there_are_no_more_sessions_than_are_granted() -> None:
-    with Leasing(Limits(max_sessions=2)) as leasing:
-        tickets = [leasing.admit() for _ in range(2)]
-        with pytest.raises(ExchangeError, match="there are 2 sessions already") as caught:
-            leasing.admit()
-        assert caught.value.cause == "refused"
-        for ticket in tickets:
-            leasing.connect(ticket.key).close()
-            ticket.ended.result(10)
         assert_still_works(leasing)
 
 
@@ -475,12 +268,6 @@ def test_a_target_that_does_not_fit_is_refused_with_the_reason() -> None:
 # Where it listens
 
 
-def free_port() -> int:
-    with socket.create_server((HOST, 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def listening() -> Listener:
     return Listener(scheduler())
 
@@ -545,237 +332,6 @@ def test_two_who_ask_at_once_where_it_listens_get_one_answer() -> None:
     assert addresses == [(HOST, port)] * 8
 
 
-# TLS
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Two self-signed certificates, each with its key in the same file."""
-    return {name: self_signed(tmp_path_factory.mktemp("tls") / f"{name}.pem") for name in ("ours", "other")}
-
-
-def self_signed(path: Path) -> Path:
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "draft")])
-    now = datetime.datetime.now(datetime.timezone.utc)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(HOST))]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    secret = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM) + secret)
-    return path
-
-
-def shown(path: Path) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(path)
-    return context
-
-
-def trusting(path: Path) -> ssl.SSLContext:
-    return ssl.create_default_context(cafile=str(path))
-
-
-def test_drafts_over_tls_are_the_same(certificates: dict[str, Path]) -> None:
-    expected = decode(varied(EVERY), connected(scheduler())[0])
-    with Leasing(tls=shown(certificates["ours"])) as leasing:
-        ticket = leasing.admit()
-        drafter = drafter_over(TcpChannel.connect(leasing.address, ticket.key, TOKENS, 10.0, trusting(certificates["ours"])))
-        assert decode(varied(EVERY), drafter) == expected
-        assert not drafter.metrics.num_fallbacks
-        drafter.disconnect()
-        ticket.ended.result(10)
-        assert_forgotten(leasing)
-
-
-def test_a_connection_over_tls_that_is_open_at_the_end_is_closed(certificates: dict[str, Path]) -> None:
-    with Leasing(tls=shown(certificates["ours"])) as leasing:
-        channel = TcpChannel.connect(leasing.address, leasing.admit().key, TOKENS, 10.0, trusting(certificates["ours"]))
-        half_open = stranger(leasing)
-        leasing.listener.close()
-        with pytest.raises(ExchangeError) as caught:
-            channel.receive(time.monotonic() + 10)
-        assert caught.value.cause == "gone"
-        channel.close()
-        half_open.close()
-
-
-def test_a_draft_that_another_authority_vouches_for_is_not_believed(certificates: dict[str, Path]) -> None:
-    with Leasing(IMPATIENT, tls=shown(certificates["other"])) as leasing:
-        ticket = leasing.admit()
-        with pytest.raises(ExchangeError, match="certificate verify failed") as caught:
-            TcpChannel.connect(leasing.address, ticket.key, TOKENS, 10.0, trusting(certificates["ours"]))
-        assert caught.value.cause == "gone"
-        ticket.ended.result(10)  # the key was not shown to whoever it was
-        assert leasing.scheduler.num_sessions == 0
-
-
-def test_a_target_without_tls_is_refused_in_time_where_the_draft_wants_it(certificates: dict[str, Path]) -> None:
-    with Leasing(IMPATIENT, tls=shown(certificates["ours"])) as leasing:
-        started = time.monotonic()
-        with pytest.raises(ExchangeError) as caught:
-            leasing.connect(timeout_s=10.0)
-        assert caught.value.cause in {"gone", "garbled"}  # closed, or what TLS has to say about it
-        with stranger(leasing) as silent:
-            assert answer_to(silent) == b""
-        assert time.monotonic() - started < 8
-        wait_until(lambda: leasing.listener.num_sessions == 0)
-
-
-def test_a_target_with_tls_is_refused_in_time_where_the_draft_has_none(certificates: dict[str, Path]) -> None:
-    with Leasing(IMPATIENT) as leasing:
-        with pytest.raises(ExchangeError) as caught:
-            TcpChannel.connect(leasing.address, leasing.admit().key, TOKENS, 10.0, trusting(certificates["ours"]))
-        assert caught.value.cause == "gone"
-        assert_still_works(leasing)
-
-
-# Those who connect
-
-
-def test_nobody_at_an_address_is_gone() -> None:
-    with pytest.raises(ExchangeError, match=r"no connection to 127\.0\.0\.1") as caught:
-        TcpChannel.connect((HOST, free_port()), bytes(KEY_BYTES), TOKENS, 5.0)
-    assert caught.value.cause == "gone"
-
-
-def test_somebody_who_says_nothing_is_late() -> None:
-    with socket.create_server((HOST, 0)) as silent:
-        started = time.monotonic()
-        with pytest.raises(ExchangeError) as caught:
-            TcpChannel.connect(silent.getsockname(), bytes(KEY_BYTES), TOKENS, 0.3)
-        assert caught.value.cause == "late"
-        assert 0.2 < time.monotonic() - started < 5
-
-
-@pytest.mark.parametrize(
-    ("said", "cause"),
-    [
-        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "garbled"),
-        (b"SPDC\x07\x02" + b"\0" * 10, "refused"),
-        (b"SPDC\x01\x02" + b"\0" * 6 + struct.pack("<I", MAX_FRAME_BYTES + 1), "refused"),
-        (encode(Kind.REFUSAL, b"go away"), "refused"),
-        (encode(Kind.REFUSAL), "refused"),
-        (encode(Kind.WELCOME)[:10], "gone"),
-        (b"", "gone"),
-    ],
-    ids=range(7),
-)
-def test_somebody_else_at_an_address_is_no_draft(said: bytes, cause: str) -> None:
-    with socket.create_server((HOST, 0)) as server:
-
-        def answer() -> None:
-            connection, _ = server.accept()
-            with connection:
-                connection.sendall(said)
-                connection.shutdown(socket.SHUT_WR)
-                while connection.recv(1 << 16):  # to its end, or what was said could be lost
-                    pass
-
-        thread = threading.Thread(target=answer)
-        thread.start()
-        with pytest.raises(ExchangeError) as caught:
-            TcpChannel.connect(server.getsockname(), bytes(KEY_BYTES), TOKENS, 5.0)
-        assert caught.value.cause == cause
-        thread.join()
-
-
-# Frames without a connection
-
-
-def call(leasing: Leasing, caller: str, frame: bytes) -> list[Answer]:
-    reply = asyncio.run(leasing.listener.call(caller, TOKENS, frame))
-    header = decode_header(reply[:HEADER_BYTES])
-    assert header.kind == Kind.REPLY
-    return decode_reply(header.round, reply[HEADER_BYTES:], VOCAB_SIZE).answers
-
-
-def test_frames_are_answered_without_a_connection() -> None:
-    here = ModelDrafter(DRAFT, eos_token_ids=TARGET.eos_token_ids)
-    expected = [draft.tokens for draft in here.propose([plain([1, 2], k=3), plain([1, 2, 5], k=3)])]
-    with Leasing() as leasing:
-        whole = introducing(1, [1, 2], ignore_eos=True)
-        assert tokens_of(call(leasing, "a", encode_request(Request(1, 30.0, [whole])))) == expected[:1]
-        more = going_on(1, [1, 2], [5])
-        assert tokens_of(call(leasing, "a", encode_request(Request(2, 30.0, [more])))) == expected[1:]
-        assert tokens_of(call(leasing, "b", encode_request(Request(1, 30.0, [more])))) == [None]  # it told nothing
-        assert leasing.scheduler.num_sessions == 2
-
-
-def test_callers_are_bounded_and_the_one_that_was_silent_longest_is_forgotten() -> None:
-    with Leasing(Limits(max_sessions=3)) as leasing:
-        told = encode_request(Request(1, 30.0, [introducing(1, [1, 2], ignore_eos=True)]))
-        more = encode_request(Request(2, 30.0, [going_on(1, [1, 2], [5])]))
-        for caller in ("a", "b", "c"):
-            call(leasing, caller, told)
-        assert tokens_of(call(leasing, "a", more)) != [None]
-        call(leasing, "d", told)
-        assert leasing.scheduler.num_sessions == 3
-        assert tokens_of(call(leasing, "b", more)) == [None]
-        assert tokens_of(call(leasing, "a", more)) != [None]
-        assert leasing.scheduler.num_sessions == 3
-
-
-@pytest.mark.parametrize(
-    "frame",
-    [
-        b"",
-        b"SPDC",
-        b"x" * 100,
-        encode(Kind.REQUEST),
-        encode(Kind.HELLO, b"x" * 50),
-        encode_request(Request(1, 1.0, []))[:-1],
-        encode_request(Request(1, 1.0, [])) + b"x",
-        encode_request(Request(1, float("nan"), [])),
-        encode_request(Request(1, 1.0, [introducing(1, [-5])])),
-        encode(Kind.REQUEST, bytes(2000)),
-        encode(Kind.REPLY, encode_request(Request(1, 1.0, []))[HEADER_BYTES:]),
-        encode(Kind.REQUEST) + encode_request(Request(1, 1.0, [introducing(1, [1] * 1000)]))[HEADER_BYTES:],
-        b"SPDC\x01\x04" + b"\0" * 6 + b"\xff" * 4,
-    ],
-    ids=range(13),
-)
-def test_a_call_of_garbage_is_refused_and_leaves_nothing(frame: bytes) -> None:
-    with Leasing(Limits(max_frame_bytes=1000)) as leasing:
-        with pytest.raises(ExchangeError) as caught:
-            call(leasing, "a", frame)
-        assert caught.value.cause in {"garbled", "refused"}
-        assert (leasing.scheduler.num_sessions, leasing.scheduler.num_pending) == (0, 0)
-        assert leasing.listener.is_alive
-
-
-def test_a_call_that_is_not_answered_in_time_is_late_and_the_next_one_is_answered() -> None:
-    with Leasing() as leasing:
-        with pytest.raises(ExchangeError) as caught:
-            call(leasing, "a", encode_request(Request(1, 0.0, [introducing(1, [1])])))
-        assert caught.value.cause == "late"
-        answers = call(leasing, "a", encode_request(Request(2, 30.0, [introducing(1, [1], k=3, ignore_eos=True)])))
-        assert [len(tokens or []) for tokens in tokens_of(answers)] == [3]
-
-
-def test_a_caller_is_served_again_after_a_pass_that_failed() -> None:
-    def fail() -> None:
-        raise RuntimeError("out of memory")
-
-    with Leasing(run_ahead=True) as leasing:
-        leasing.before_pass = fail
-        with pytest.raises(ExchangeError):
-            call(leasing, "a", encode_request(Request(1, 0.3, [introducing(1, [1])])))
-        leasing.before_pass = lambda: None
-        whole = introducing(1, [1], ignore_eos=True)
-        assert tokens_of(call(leasing, "a", encode_request(Request(2, 30.0, [whole])))) != [None]
-        assert leasing.scheduler.num_sessions == 1
-
-
 # The end
 
 
@@ -815,14 +371,9 @@ def test_nothing_more_is_to_be_had_of_a_listener_that_is_closed() -> None:
 
 
 def test_who_waits_for_an_answer_when_it_closes_does_not_wait_on() -> None:
-    reached, resumed = threading.Event(), threading.Event()
-
-    def block() -> None:
-        reached.set()
-        resumed.wait(10)
-
+    gate = Gate()
     with Leasing() as leasing:
-        leasing.before_pass = block
+        leasing.before_pass = gate
         ended = threading.Event()
 
         def wait() -> None:
@@ -832,11 +383,11 @@ def test_who_waits_for_an_answer_when_it_closes_does_not_wait_on() -> None:
 
         thread = threading.Thread(target=wait)
         thread.start()
-        assert reached.wait(10)
+        assert gate.reached.wait(10)
         closing = threading.Thread(target=leasing.listener.close)
         closing.start()
         time.sleep(0.05)
-        resumed.set()
+        gate.resumed.set()
         assert ended.wait(10)
         thread.join()
         closing.join()

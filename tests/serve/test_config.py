@@ -10,7 +10,7 @@ import pytest
 import yaml
 from transformers import LlamaConfig
 
-from serve.config import DraftModelConfig, NgramConfig, ServeConfig
+from serve.config import DraftModelConfig, NgramConfig, ServeConfig, TlsConfig
 from serve.local import load_deployment
 from specdecode.config import check_config
 from specdecode.errors import ConfigError, ModelError
@@ -132,11 +132,22 @@ def test_the_command_says_it_in_one_line_and_exits_with_2(tmp_path: Path) -> Non
         ({"transport": "udp"}, "exchange.transport"),
         ({"max_sessions": 0}, "exchange.max_sessions"),
         ({"tls": {"certificate": "a.pem"}}, "exchange.tls.key"),
+        ({"transport": "handle", "ports": [1, 2]}, "ports: of use only with transport tcp"),
     ],
 )
 def test_a_mistake_in_the_exchange_is_one_line(exchange: dict[str, Any], expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         check_config({"target": {"model": "tiny/target"}, "exchange": exchange}, ServeConfig, where="file")
+
+
+def test_certificates_that_cannot_be_used_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a.pem").write_text("nothing")
+    missing, garbage = str(tmp_path / "b.pem"), str(tmp_path / "a.pem")
+    for file in (missing, garbage):
+        tls = TlsConfig(certificate=file, key=file, authority=file)
+        for context in (tls.server_context, tls.client_context):
+            with pytest.raises(ConfigError, match=f"^exchange.tls: .*{file}.* cannot be used"):
+                context()
 
 
 def test_the_ports_of_the_exchange_are_a_range() -> None:
