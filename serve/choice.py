@@ -55,8 +55,8 @@ class Choice:
         return self._resumable.num_resumptions
 
 
-async def merge(choices: list[Choice], timeout_s: float | None = None) -> AsyncGenerator[tuple[Choice, Piece], None]:
-    """Yields the pieces of all choices as they come; the first error ends them all, and so does the timeout.
+async def merge(choices: list[Choice], timeout_s: float | None = None) -> AsyncGenerator[list[tuple[Choice, Piece]], None]:
+    """Yields the pieces of all choices that are there at a time; the first error ends them all, and so does the timeout.
 
     Raises:
         DeadlineError: they took longer than `timeout_s`.
@@ -67,13 +67,15 @@ async def merge(choices: list[Choice], timeout_s: float | None = None) -> AsyncG
     try:
         num_open = len(pumps)
         while num_open:
-            item = await ready.get()
-            if isinstance(item, BaseException):
-                raise item
-            if item is None:
-                num_open -= 1
-            else:
-                yield item
+            items = [await ready.get()]
+            while not ready.empty():
+                items.append(ready.get_nowait())
+            if pieces := [item for item in items if isinstance(item, tuple)]:
+                yield pieces
+            for item in items:
+                if isinstance(item, BaseException):
+                    raise item
+            num_open -= items.count(None)
     finally:
         if timer:
             timer.cancel()

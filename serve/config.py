@@ -126,6 +126,11 @@ class TargetConfig(DeployedModel):
     """The model whose output it is, and its engine."""
 
     engine: EngineConfig = Field(default_factory=EngineConfig)
+    stream_interval_s: float = Field(
+        default=0.05,
+        ge=0,
+        description="rounds that follow a stream's last ones sooner are sent on together",
+    )
 
     def options(self) -> dict[str, Any]:
         """Those of the deployment; a replica of several processes reserves what it asks for as often, on one node."""

@@ -153,7 +153,7 @@ class Router:
         limits = [limit for limit in (access.timeout_s, self._config.request_timeout_s) if limit is not None]
         pieces = merge(choices, min(limits, default=None))
         if body.stream:
-            # The first piece is awaited here, so that a request which the target refuses still gets its status.
+            # The first pieces are awaited here, so that a request which the target refuses still gets its status.
             first = await anext(pieces)
             return EventStream(_events(_chain(first, pieces), choices, body, envelope, access))
         async with aclosing(pieces):
@@ -206,7 +206,7 @@ class EventStream(StreamingResponse):
 
 
 async def _events(
-    pieces: AsyncGenerator[tuple[Choice, Piece], None],
+    pieces: AsyncGenerator[list[tuple[Choice, Piece]], None],
     choices: list[Choice],
     body: GenerationRequest,
     envelope: Envelope,
@@ -219,8 +219,8 @@ async def _events(
             if opening := envelope.opening(choice):
                 yield _event(opening)
         try:
-            async for choice, piece in pieces:
-                yield _event(envelope.chunk(choice, piece))
+            async for ready in pieces:  # in one message, whose way to the client costs more than what is in it
+                yield "".join(_event(envelope.chunk(choice, piece)) for choice, piece in ready)
         except Exception as error:
             _, described = describe_error(error)
             access.error = described.error.code or described.error.type
@@ -237,12 +237,12 @@ def _usage(choices: list[Choice], body: GenerationRequest) -> Usage:
 
 
 async def _chain(
-    first: tuple[Choice, Piece], rest: AsyncGenerator[tuple[Choice, Piece], None]
-) -> AsyncGenerator[tuple[Choice, Piece], None]:
+    first: list[tuple[Choice, Piece]], rest: AsyncGenerator[list[tuple[Choice, Piece]], None]
+) -> AsyncGenerator[list[tuple[Choice, Piece]], None]:
     async with aclosing(rest):
         yield first
-        async for pair in rest:
-            yield pair
+        async for ready in rest:
+            yield ready
 
 
 def _event(body: dict[str, Any]) -> str:

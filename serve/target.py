@@ -3,16 +3,10 @@
 import asyncio
 import logging
 import os
-import queue
 import secrets
-import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from collections.abc import Sequence as Several
-from concurrent.futures import Future
+from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import TypeVar
 
 from ray import serve
 from ray.serve.exceptions import RayServeException
@@ -24,6 +18,7 @@ from serve.lease import LeaseKeeper
 from serve.log import begin_log
 from serve.metrics import Metrics, TargetMetrics
 from serve.ranks import Ranks
+from serve.worker import EngineThread
 from specdecode.backends.backend import ModelBackend, open_model
 from specdecode.backends.huggingface import HuggingFaceBackend
 from specdecode.decoding.drafters import ChainDrafter, Drafter, PromptLookupDrafter, RoutedDrafter
@@ -34,8 +29,6 @@ from specdecode.exchange.remote import RemoteDrafter
 
 logger = logging.getLogger("ray.serve")
 
-T = TypeVar("T")
-Observer = Callable[[Engine, list[tuple[Sequence, Round]]], None]
 
 # An item of a stream must stay far below the 4 MiB that gRPC takes; this many tokens' log-probabilities are about 0.5 MiB.
 _MAX_PROMPT_LOGPROBS = 1024
@@ -155,7 +148,10 @@ class TargetServer:
         metrics = Metrics()
         observe = TargetMetrics(metrics, list(self._remote.values()), config.max_rows).observe
         self._worker = EngineThread(
-            Engine(self._backend, RoutedDrafter(drafters), config.engine), observe, ranks.end_if_lost if ranks else None
+            Engine(self._backend, RoutedDrafter(drafters), config.engine),
+            observe,
+            ranks.end_if_lost if ranks else None,
+            stream_interval_s=config.stream_interval_s,
         )
         self._exporting = asyncio.create_task(metrics.keep_exporting())
         self._replica_id = _replica_id()
@@ -214,129 +210,6 @@ class TargetServer:
     async def check_health(self) -> None:
         """Raises if the engine's thread is gone, upon which Serve replaces the replica."""
         self._worker.check()
-
-
-class EngineThread:
-    """Runs an engine on a thread, and gives each sequence's rounds to whoever awaits them on the event loop.
-
-    Args:
-        engine: what to run.
-        observe: is shown each round, on the thread.
-        on_failure: is called when a round has failed, before those hear of it whose round it was.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        observe: Observer = lambda engine, rounds: None,  # noqa: ARG005
-        on_failure: Callable[[], None] | None = None,
-    ) -> None:
-        self._engine = engine
-        self._observe = observe
-        self._on_failure = on_failure
-        self._loop = asyncio.get_running_loop()
-        self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._streams: dict[Sequence, asyncio.Queue[Round | Exception | None]] = {}
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._thread.start()
-
-    async def stream(self, sequence: Sequence) -> AsyncGenerator[list[Round], None]:
-        """Submits the sequence; yields none once it is taken on, then its rounds as they come; to leave cancels it."""
-        ready: asyncio.Queue[Round | Exception | None] = asyncio.Queue()
-        self._streams[sequence] = ready
-        self._orders.put(partial(self._submit, sequence))
-        try:
-            while True:
-                rounds = await _all_ready(ready)
-                yield rounds
-                if rounds and rounds[-1].finish_reason is not None:
-                    return
-        finally:
-            del self._streams[sequence]
-            self._orders.put(partial(self._cancel, sequence))
-
-    @property
-    def num_streams(self) -> int:
-        """How many sequences somebody listens to."""
-        return len(self._streams)
-
-    async def inspect(self, look: Callable[[Engine], T]) -> T:
-        """Lets `look` see the engine between two rounds."""
-        seen: Future[T] = Future()
-
-        def show() -> None:
-            if not seen.set_running_or_notify_cancel():  # whoever asked has left
-                return
-            try:
-                seen.set_result(look(self._engine))
-            except Exception as error:  # is told to whoever asked
-                seen.set_exception(error)
-
-        self._orders.put(show)
-        return await asyncio.wrap_future(seen)
-
-    def check(self) -> None:
-        """Raises unless the thread is alive."""
-        if not self._thread.is_alive():
-            raise RuntimeError("the engine's thread has ended")
-
-    def _run(self) -> None:
-        while True:
-            self._take_orders()
-            try:
-                rounds = self._engine.step()
-            except Exception as error:  # what broke one batch must not end the replica
-                logger.exception("a round failed; its requests fail with it")
-                if self._on_failure:
-                    self._on_failure()
-                self._engine.cancel_all()
-                self._deliver([(sequence, error) for sequence in list(self._streams)])
-            else:
-                self._deliver(list(rounds))
-                self._observe(self._engine, rounds)
-
-    def _take_orders(self) -> None:
-        """Carries out what was asked for since the last round; waits for it when there is nothing else to do."""
-        while not self._engine.has_work or not self._orders.empty():
-            self._orders.get()()
-
-    def _submit(self, sequence: Sequence) -> None:
-        try:
-            self._engine.submit(sequence)
-        except Exception as error:
-            self._deliver([(sequence, error)])
-        else:
-            self._deliver([(sequence, None)])
-
-    def _cancel(self, sequence: Sequence) -> None:
-        self._engine.cancel(sequence)
-        ending = sequence.finish_reason or "cancelled"
-        logger.info("generation id=%s ending=%s tokens=%d", sequence.id, ending, sequence.num_generated)
-
-    def _deliver(self, items: Several[tuple[Sequence, Round | Exception | None]]) -> None:
-        if items:
-            self._loop.call_soon_threadsafe(self._hand_out, items)
-
-    def _hand_out(self, items: Several[tuple[Sequence, Round | Exception | None]]) -> None:
-        for sequence, item in items:
-            if sequence in self._streams:
-                self._streams[sequence].put_nowait(item)
-
-
-async def _all_ready(ready: "asyncio.Queue[Round | Exception | None]") -> list[Round]:
-    """Waits for an item, and takes the rounds that are there then; none for the news that the sequence is taken on."""
-    item = await ready.get()
-    if item is None:
-        return []
-    items = [item]
-    while not ready.empty() and (item := ready.get_nowait()) is not None:
-        items.append(item)
-    rounds = []
-    for item in items:
-        if isinstance(item, Exception):
-            raise item
-        rounds.append(item)
-    return rounds
 
 
 def _prompt_logprobs(round: Round) -> Iterator[PromptLogprobs]:

@@ -25,7 +25,8 @@ from jobs.observation import Leaks, View
 from jobs.requests import Answer, Form, Question
 from jobs.soak import Course, Sample, SoakConfig, is_good, measure_growth
 from serve.draft import DraftState
-from serve.target import EngineThread, TargetState
+from serve.target import TargetState
+from serve.worker import EngineThread
 from specdecode.backends.table import TableModel, random_table
 from specdecode.config import load_config
 from specdecode.decoding.drafters import ModelDrafter, NoDrafter

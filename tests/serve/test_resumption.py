@@ -18,7 +18,8 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 
 from serve.errors import UnavailableError
 from serve.resumption import Failover, Resumable
-from serve.target import Admission, EngineThread, Generation, Item, PromptLogprobs
+from serve.target import Admission, Generation, Item, PromptLogprobs
+from serve.worker import EngineThread
 from specdecode.backends.table import TableModel, random_table
 from specdecode.decoding.drafters import Drafter, ModelDrafter, RoutedDrafter
 from specdecode.decoding.engine import Engine, EngineConfig
