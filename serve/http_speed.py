@@ -11,6 +11,7 @@ import json
 import statistics
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -75,7 +76,7 @@ def measure_http(config: HttpSpeedConfig) -> Iterator[HttpSpeedRow]:
     drafter = _drafter(config, serving, ModelTokens.of(target))
     engine = Engine(target, drafter, serving.target.engine)
     route = Route() if config.draft == NO_DRAFT else Route(config.draft, config.K)
-    with deployed(deployment, quiet=True):
+    with deployed(deployment, quiet=True), _client(deployment) as (client, loop):
         for concurrency in config.concurrency:
             runs: dict[Side, list[_Run]] = {"engine": [], "http": []}
             for repeat in range(-1, config.num_repeats):
@@ -84,7 +85,7 @@ def measure_http(config: HttpSpeedConfig) -> Iterator[HttpSpeedRow]:
                 )
                 pair = (
                     _run_engine(engine, prompts.tolist(), route, config),
-                    asyncio.run(_run_http(deployment, prompts.tolist(), config)),
+                    loop.run_until_complete(_run_http(client, serving.model_name, prompts.tolist(), config)),
                 )
                 if repeat >= 0:
                     runs["engine"].append(pair[0])
@@ -112,20 +113,31 @@ def _run_engine(engine: Engine, prompts: list[list[int]], route: Route, config: 
     return _Run(num_tokens, time.perf_counter() - started, list(first.values()))
 
 
-async def _run_http(deployment: Deployment, prompts: list[list[int]], config: HttpSpeedConfig) -> _Run:
-    async with httpx.AsyncClient(base_url=deployment.url, timeout=120) as client:
-        started = time.perf_counter()
-        streams = await asyncio.gather(*(_stream(client, deployment, prompt, config, started) for prompt in prompts))
-        elapsed_s = time.perf_counter() - started
+@contextmanager
+def _client(deployment: Deployment) -> Iterator[tuple[httpx.AsyncClient, asyncio.AbstractEventLoop]]:
+    """A client that keeps its connections, as those of users do, and the event loop that it needs for that."""
+    loop = asyncio.new_event_loop()
+    client = httpx.AsyncClient(base_url=deployment.url, timeout=120)
+    try:
+        yield client, loop
+    finally:
+        loop.run_until_complete(client.aclose())
+        loop.close()
+
+
+async def _run_http(client: httpx.AsyncClient, model: str, prompts: list[list[int]], config: HttpSpeedConfig) -> _Run:
+    started = time.perf_counter()
+    streams = await asyncio.gather(*(_stream(client, model, prompt, config, started) for prompt in prompts))
+    elapsed_s = time.perf_counter() - started
     return _Run(sum(count for count, _ in streams), elapsed_s, [first for _, first in streams])
 
 
 async def _stream(
-    client: httpx.AsyncClient, deployment: Deployment, prompt: list[int], config: HttpSpeedConfig, started: float
+    client: httpx.AsyncClient, model: str, prompt: list[int], config: HttpSpeedConfig, started: float
 ) -> tuple[int, float]:
     """How many tokens a stream gave, and when its first chunk was there."""
     body: dict[str, Any] = {
-        "model": deployment.config.model_name,
+        "model": model,
         "prompt": prompt,
         "max_tokens": config.max_tokens,
         "temperature": 0,
