@@ -1,5 +1,7 @@
 """An application that runs on this machine, and the clients that ask it: what the drills and the soak break, and watch."""
 
+from serve.local import Deployment, started  # isort: skip  # before all else that imports Ray
+
 import asyncio
 import logging
 import socket
@@ -17,7 +19,6 @@ from jobs.load import Attempt, Load, Records
 from jobs.observation import HOST, PROXIES, Application, attempt
 from jobs.requests import ENDLESS, PROBE, Library, Question, use_threads
 from serve.config import DraftConfig, DraftModelConfig, ServeConfig
-from serve.local import Deployment, started
 from specdecode.config import StrictModel
 
 logger = logging.getLogger("jobs.bench")

@@ -1,5 +1,7 @@
 """The ways to a draft, measured rung by rung: what each adds to the draft model's own work."""
 
+from serve.cluster import connected  # isort: skip  # before all else that imports Ray
+
 import asyncio
 import threading
 from collections.abc import Iterator
@@ -97,27 +99,23 @@ def _sequences(config: LadderConfig, target: ModelTokens, batch: int) -> list[Se
 
 @contextmanager
 def _channels(target: ModelTokens, draft: DraftModelConfig) -> Iterator[dict[Rung, Channel]]:
-    is_ours = not ray.is_initialized()
-    if is_ours:
-        ray.init(address="local", include_dashboard=False, log_to_driver=False)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
-    try:
-        serve.start(proxy_location="Disabled")
-        application = serve.deployment(DraftServer).options(name="Draft").bind("ladder", draft, ExchangeConfig())
-        handle = serve.run(application, name=_APPLICATION, route_prefix=None)
-        lease = handle.options(method_name="lease", stream=True).remote(ray.get_runtime_context().get_node_id())
-        offer: Offer = asyncio.run_coroutine_threadsafe(anext(lease), loop).result()
-        backend = create_backend(draft.model)
-        yield {
-            "in process": InProcessChannel(DraftScheduler(lambda target: model_drafter(backend, draft, target)), target),
-            "tcp": TcpChannel.connect((offer.host, offer.port), offer.key, target, 10.0),
-            "handle": HandleChannel(handle.options(method_name="exchange"), target, loop),
-        }
-    finally:
-        serve.delete(_APPLICATION)
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        if is_ours:
-            ray.shutdown()
+    with connected():
+        try:
+            serve.start(proxy_location="Disabled")
+            application = serve.deployment(DraftServer).options(name="Draft").bind("ladder", draft, ExchangeConfig())
+            handle = serve.run(application, name=_APPLICATION, route_prefix=None)
+            lease = handle.options(method_name="lease", stream=True).remote(ray.get_runtime_context().get_node_id())
+            offer: Offer = asyncio.run_coroutine_threadsafe(anext(lease), loop).result()
+            backend = create_backend(draft.model)
+            yield {
+                "in process": InProcessChannel(DraftScheduler(lambda target: model_drafter(backend, draft, target)), target),
+                "tcp": TcpChannel.connect((offer.host, offer.port), offer.key, target, 10.0),
+                "handle": HandleChannel(handle.options(method_name="exchange"), target, loop),
+            }
+        finally:
+            serve.delete(_APPLICATION)
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join()

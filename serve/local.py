@@ -1,6 +1,7 @@
 """Deploys a Serve config file from this process, on a local Ray or on the cluster at RAY_ADDRESS."""
 
-import logging
+from serve.cluster import connect  # isort: skip  # before all else that imports Ray
+
 import os
 import signal
 import socket
@@ -10,11 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-# A local Ray asks for a token, which it makes if there is none yet; since 2.59 that is its default too. Whoever reaches an open
-# one can run any code as this user.
-if "RAY_ADDRESS" not in os.environ:
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 import ray
 from pydantic import BaseModel, ValidationError
@@ -171,12 +167,9 @@ def wait_for_signal() -> None:
 
 
 def _connect(deployment: Deployment, quiet: bool) -> None:
-    options: dict[str, Any] = {"log_to_driver": not quiet, "logging_level": logging.WARNING if quiet else logging.INFO}
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(**options)
-        return
-    _check_port(deployment)
-    ray.init(address="local", include_dashboard=True, dashboard_host="127.0.0.1", **options)
+    if "RAY_ADDRESS" not in os.environ:
+        _check_port(deployment)
+    connect(quiet=quiet, dashboard=True)
 
 
 def _check_port(deployment: Deployment) -> None:

@@ -1,6 +1,9 @@
 """Imports point down the layers, and Ray and HTTP stay at the edges."""
 
 import ast
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -115,3 +118,21 @@ def test_an_import_that_points_up_or_sideways_is_found(module, source):
 )
 def test_an_import_that_points_down_is_fine(module, source):
     assert violations(module, source) == []
+
+
+@pytest.mark.parametrize(
+    "module", ["jobs.drills", "jobs.soak", "serve.http_speed", "serve.ladder", "serve.local", "specdecode.cli"]
+)
+def test_rays_mode_is_set_before_ray_is_imported(module: str) -> None:
+    script = (
+        "import importlib, os, sys\n"
+        "class Watch:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'ray':\n"
+        "            print(os.environ.get('RAY_AUTH_MODE'))\n"
+        "sys.meta_path.insert(0, Watch())\n"
+        f"importlib.import_module({module!r})\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert set(result.stdout.split()) <= {"token"}
