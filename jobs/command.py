@@ -27,9 +27,15 @@ class Verdict:
 
 
 def run_job(
-    name: str, description: str, model: type[Config], job: Callable[[Config], str | Verdict], arguments: list[str] | None
+    name: str,
+    description: str,
+    model: type[Config],
+    job: Callable[..., str | Verdict],
+    arguments: list[str] | None,
+    *,
+    can_resume: bool = False,
 ) -> int:
-    """Runs `job` on the file given with --config and prints what it returns.
+    """Runs `job` on the file given with --config, and whether to resume if it can, and prints what it returns.
 
     Returns:
         0; 1 after a verdict that is not good; 2 for what the user can fix, which is said in one line.
@@ -37,11 +43,14 @@ def run_job(
     parser = argparse.ArgumentParser(prog=f"python -m jobs.{name}", description=description)
     parser.add_argument("--config", required=True, help="a YAML file, such as those under configs/tiny")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    if can_resume:
+        parser.add_argument("--resume", action="store_true", help="go on with the run that output_dir holds")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it has a line for each request
     try:
-        result = job(load_config(options.config, model, options.overrides))
+        config = load_config(options.config, model, options.overrides)
+        result = job(config, options.resume) if can_resume else job(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -19,6 +19,9 @@ from specdecode.training.tokenizer import TokenizerConfig
 ROOT = Path(__file__).parents[1]
 
 MODELS: dict[str, type[BaseModel]] = {
+    "distill_chat.yaml": DraftTrainingConfig,
+    "distill_code.yaml": DraftTrainingConfig,
+    "distill_reasoning.yaml": DraftTrainingConfig,
     "tiny/benchmark.yaml": SpeedConfig,
     "tiny/distill_chat.yaml": DraftTrainingConfig,
     "tiny/distill_chat_start.yaml": DraftTrainingConfig,
@@ -29,8 +32,12 @@ MODELS: dict[str, type[BaseModel]] = {
     "tiny/pretrain_target.yaml": TargetTrainingConfig,
     "tiny/soak.yaml": SoakConfig,
     "tiny/tokenizer.yaml": TokenizerConfig,
+    "tiny/train_code.yaml": DraftTrainingConfig,
     "tiny/train_release.yaml": ReleaseConfig,
     "tiny/verifiers.yaml": SpeedConfig,
+    "train_chat.yaml": DraftTrainingConfig,
+    "train_code.yaml": DraftTrainingConfig,
+    "train_reasoning.yaml": DraftTrainingConfig,
 }
 SERVE_FILES = ("serve.yaml", "tiny/serve.yaml")
 CLUSTER_FILES = ("cluster/on_premises.yaml", "cluster/rayservice.yaml")

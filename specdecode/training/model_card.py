@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from specdecode.training.acceptance import Scores
+
 # Where the documents of each source come from, and under which licence they are.
 _ORIGINS = {
     "standard_library": ("Python standard library of the training interpreter, without tests", "PSF-2.0"),
@@ -23,19 +25,20 @@ _ORIGINS = {
 
 @dataclass(frozen=True)
 class AcceptanceTable:
-    """Greedy acceptance at `k` drafted tokens a round; `rates` by (prompts, draft, domain)."""
+    """What is accepted at `k` drafted tokens a round, by (prompts, draft, domain); tokens of an answer by (prompts, domain)."""
 
     k: int
     max_new_tokens: int
-    rates: dict[tuple[str, str, str], float]
+    scores: dict[tuple[str, str, str], Scores]
     mean_lengths: dict[tuple[str, str], float]
 
     def as_markdown(self) -> str:
-        """One table row per prompt set and draft, one column per domain."""
-        domains = list(dict.fromkeys(domain for _, _, domain in self.rates))
+        """One row per prompt set and draft, one column per domain: accepted of drafted tokens, and tokens of a round."""
+        domains = list(dict.fromkeys(domain for _, _, domain in self.scores))
         rows = [["prompts", "draft", *domains], ["---"] * (2 + len(domains))]
-        for origin, draft in dict.fromkeys((origin, draft) for origin, draft, _ in self.rates):
-            rows.append([origin, draft, *(f"{self.rates[origin, draft, domain]:.2f}" for domain in domains)])
+        for origin, draft in dict.fromkeys((origin, draft) for origin, draft, _ in self.scores):
+            found = [self.scores[origin, draft, domain] for domain in domains]
+            rows.append([origin, draft, *(f"{scores.greedy.rate:.2f} / {scores.greedy_length:.2f}" for scores in found)])
         for origin in dict.fromkeys(origin for origin, _ in self.mean_lengths):
             lengths = (f"{self.mean_lengths[origin, domain]:.0f}" for domain in domains)
             rows.append([origin, "tokens per answer", *lengths])
@@ -46,8 +49,7 @@ def describe(name: str, run: dict[str, Any], table: AcceptanceTable) -> str:
     """The model card of one model of the family, as Markdown with Hugging Face's metadata on top."""
     is_draft = "distillation" in run["config"]
     result = run["result"]
-    losses = ", ".join(f"{key} {loss:.3f}" for key, loss in result["validation_losses"].items())
-    loss = "held-out training loss, in nats" if is_draft else "held-out loss (cross-entropy, in nats per token)"
+    figures = ", ".join(f"{key} {value:.3f}" for key, value in result["validation"].items())
     return f"""---
 license: mit
 library_name: transformers
@@ -70,9 +72,9 @@ The models produce text that looks like their training data; they know nothing a
 | | |
 |---|---|
 | steps | {result["num_steps"]:,} (best checkpoint at {result["best_step"]:,}) |
-| scored tokens | {result["num_tokens"]:,} |
+| tokens | {result["num_tokens"]:,} |
 | time | {result["time_s"] / 60:.0f} minutes on a two-core CPU machine that had other work too |
-| {loss} | {losses} |
+| validation (losses in nats per token) | {figures} |
 | weights | bfloat16, input and output embeddings tied |
 | versions | {", ".join(f"{package} {version}" for package, version in run["versions"].items())} |
 
@@ -86,10 +88,10 @@ About 2% of the documents are held out by a hash of their content. No evaluation
 
 ## Greedy acceptance
 
-Accepted tokens per drafted token in rounds of {table.k}, on the target's own greedy answers of up to {table.max_new_tokens}
-tokens, for the prompts in `specdecode/evaluation/prompts` and for prompts from held-out documents. Guesses past an
-answer's end are not counted. The small target's greedy text often falls into loops, above all in code and mathematics;
-loops are easy to guess, so expect less from a larger target.
+Accepted tokens per drafted token, and tokens of a round with the target's own, in rounds of {table.k}, on the target's own
+greedy answers of up to {table.max_new_tokens} tokens, for the prompts in `specdecode/evaluation/prompts` and for prompts from
+held-out documents. Guesses past an answer's end are not counted. The small target's greedy text often falls into loops, above
+all in code and mathematics; loops are easy to guess, so expect less from a larger target.
 
 {table.as_markdown()}
 
@@ -120,12 +122,13 @@ def _recipe(name: str, run: dict[str, Any], is_draft: bool) -> str:
         return "`python -m jobs.train_target --config configs/tiny/pretrain_target.yaml`"
     distillation = run["config"]["distillation"]
     recipe = f"distill_{name.removeprefix('draft-')}.yaml"
-    sampled, text = f"{distillation['sampled_share']:.0%}", f"{distillation['text_share']:.0%}"
+    completions = distillation["completions"]
+    sampled, text = f"{completions['sampled_share']:.0%}", f"{1 - distillation['target_share']:.0%}"
     return f"""`python -m jobs.train_draft --config configs/tiny/{recipe}`
 
-{_origin(run)} It learns the target's next-token distribution (KL
-divergence) on the target's own continuations of {distillation["num_prompts"]:,} training prompts, {sampled} of them sampled at
-temperature {distillation["temperature"]} and the others greedy, and in {text} of the batches on the domain's text."""
+{_origin(run)} It learns the target's next-token distribution ({distillation["loss"]["divergence"].replace("_", " ")})
+on the target's own answers to {completions["num_prompts"]:,} training prompts, {sampled} of them sampled at temperature
+{completions["temperature"]} and the others greedy, and in {text} of the blocks on the domain's text."""
 
 
 def _origin(run: dict[str, Any]) -> str:
@@ -136,13 +139,13 @@ def _origin(run: dict[str, Any]) -> str:
     result, recipe = start["result"], Path(start["config"]["training"]["output_dir"]).name.removeprefix("draft-")
     return (
         f"The draft starts from what `distill_{recipe.replace('-', '_')}.yaml` made of the target's first layer in\n"
-        f"{result['num_steps']:,} steps and {result['num_tokens']:,} scored tokens, and goes on with the same data."
+        f"{result['num_steps']:,} steps and {result['num_tokens']:,} tokens, and goes on with the same data."
     )
 
 
 def _data_rows(run: dict[str, Any]) -> str:
     data = run["config"]["data"]
-    weights = data["sources"] if "sources" in data else {k: v for d in data["domains"].values() for k, v in d.items()}
+    weights = data["sources"]
     total = sum(weights.values())
     return "\n".join(
         f"| {_ORIGINS[source][0]} | {weight / total:.0%} | {_ORIGINS[source][1]} |" for source, weight in weights.items()

@@ -5,10 +5,9 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
-from specdecode.training.blocks import encode_chat, encode_text
 from specdecode.training.documents import Document
+from specdecode.training.examples import Formatter
 
 _DEFINITION = re.compile(r"^[ \t]*(?:async def|def|class)\b", re.MULTILINE)
 _MAX_PREFIX_LINES = 16
@@ -16,7 +15,7 @@ _MAX_PREFIX_LINES = 16
 
 def sample_prompts(
     documents: Sequence[Document],
-    tokenizer: PreTrainedTokenizerBase,
+    formatter: Formatter,
     num_prompts: int,
     max_length: int,
     rng: np.random.Generator,
@@ -27,21 +26,21 @@ def sample_prompts(
         for index in rng.permutation(len(documents)):
             if len(prompts) == num_prompts:
                 return prompts
-            ids = sample_prompt(documents[index], tokenizer, rng)
+            ids = sample_prompt(documents[index], formatter, rng)
             if 0 < len(ids) <= max_length:
                 prompts.append(ids)
     return prompts
 
 
-def sample_prompt(document: Document, tokenizer: PreTrainedTokenizerBase, rng: np.random.Generator) -> list[int]:
+def sample_prompt(document: Document, formatter: Formatter, rng: np.random.Generator) -> list[int]:
     """A conversation up to one of its user turns, ready for the answer; or the first lines of a definition in a text."""
     if document.is_conversation:
         ends = [index + 1 for index, message in enumerate(document.messages) if message.role == "user"]
         if not ends:
             return []
         turns = document.messages[: int(rng.choice(ends))]
-        return encode_chat(Document(messages=turns), tokenizer, add_generation_prompt=True)
-    return encode_text(sample_prefix(document.text, rng), tokenizer)
+        return formatter.prompt(Document(messages=turns))
+    return formatter.prompt(Document(sample_prefix(document.text, rng)))
 
 
 def sample_prefix(text: str, rng: np.random.Generator) -> str:

@@ -1,26 +1,24 @@
-"""Trained checkpoints of a family in, its published folders with model cards out.
+"""Trained checkpoints of a family in, its published folders with model cards out."""
 
-`python -m specdecode.training.release --config configs/tiny/train_release.yaml`
-"""
-
-import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from specdecode.config import StrictModel, load_config
-from specdecode.errors import ConfigError, UserError
-from specdecode.training.acceptance import greedy_acceptance
-from specdecode.training.blocks import encode_chat, encode_text, end_of_text
+from specdecode.backends.backend import create_backend
+from specdecode.config import StrictModel
+from specdecode.decoding.drafters import NoDrafter
+from specdecode.decoding.sequence import SamplingParams
+from specdecode.errors import ConfigError
+from specdecode.training.acceptance import score
 from specdecode.training.checkpoints import load_model, load_tokenizer, save_checkpoint
-from specdecode.training.continuations import Continuation, continue_prompts
-from specdecode.training.documents import Document, Message
+from specdecode.training.completions import complete
+from specdecode.training.data import DataConfig
+from specdecode.training.documents import Document, Message, is_held_out, load_documents
+from specdecode.training.examples import Formatter
 from specdecode.training.model_card import AcceptanceTable, describe
 from specdecode.training.prompts import sample_prompts
-from specdecode.training.sources import DraftDataConfig, load_split, source_weights
 from specdecode.training.trainer import replace_folder
 
 
@@ -60,59 +58,47 @@ def release(config: ReleaseConfig) -> AcceptanceTable:
 
 
 def measure(config: ReleaseConfig, runs: dict[str, dict[str, Any]]) -> AcceptanceTable:
-    """The greedy acceptance of every draft on built-in and on held-out prompts of every domain but `generic`."""
+    """What of every draft's guesses is accepted, after built-in and held-out prompts of every domain but `generic`."""
     checkpoints = Path(config.checkpoints_dir)
-    target_folder = str(checkpoints / config.target / "best")
-    target, tokenizer = load_model(target_folder).eval(), load_tokenizer(target_folder)
+    folder = str(checkpoints / config.target / "best")
+    target, formatter, backend = load_model(folder).eval(), Formatter(load_tokenizer(folder)), create_backend(folder)
     drafts = {name: load_model(str(checkpoints / name / "best")).eval() for name in config.drafts.values()}
-    rates: dict[tuple[str, str, str], float] = {}
-    lengths: dict[tuple[str, str], float] = {}
+    table = AcceptanceTable(config.k, config.max_new_tokens, {}, {})
     for domain, name in config.drafts.items():
         if domain == "generic":
             continue
         prompt_sets = {
-            "built-in": read_prompts(Path(config.prompts_dir) / f"{domain}.jsonl", tokenizer)[: config.num_prompts],
-            "held-out": _held_out_prompts(runs[name], tokenizer, config),
+            "built-in": read_prompts(Path(config.prompts_dir) / f"{domain}.jsonl", formatter)[: config.num_prompts],
+            "held-out": _held_out_prompts(runs[name], formatter, config),
         }
         for origin, prompts in prompt_sets.items():
-            continuations = continue_prompts(
-                target, prompts, config.max_new_tokens, temperature=0, batch_size=64, pad_id=end_of_text(tokenizer)
-            )
-            lengths[origin, domain] = _mean_length(continuations)
+            answers = complete(prompts, backend, NoDrafter(), lambda _: SamplingParams(max_tokens=config.max_new_tokens))
+            table.mean_lengths[origin, domain] = sum(len(answer.tokens) for answer in answers) / len(answers)
             for draft_name, draft in drafts.items():
-                rates[origin, draft_name, domain] = greedy_acceptance(draft, continuations, config.k).rate
-    return AcceptanceTable(config.k, config.max_new_tokens, rates, lengths)
+                table.scores[origin, draft_name, domain] = score(draft, target, answers, config.k)
+    return table
 
 
-def read_prompts(path: Path, tokenizer: Any) -> list[list[int]]:
+def read_prompts(path: Path, formatter: Formatter) -> list[list[int]]:
     """The prompts of a JSONL file with the fields `format` (raw or chat) and `prompt`, as ids."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [_encode_prompt(row, tokenizer) for row in rows]
+    return [formatter.prompt(_prompt(row)) for row in rows]
 
 
-def _encode_prompt(row: dict[str, str], tokenizer: Any) -> list[int]:
-    if row["format"] == "raw":
-        return encode_text(row["prompt"], tokenizer)
-    question = Document(messages=(Message("user", row["prompt"]),))
-    return encode_chat(question, tokenizer, add_generation_prompt=True)
+def _prompt(row: dict[str, str]) -> Document:
+    return Document(row["prompt"]) if row["format"] == "raw" else Document(messages=(Message("user", row["prompt"]),))
 
 
-def _held_out_prompts(run: dict[str, Any], tokenizer: Any, config: ReleaseConfig) -> list[list[int]]:
+def _held_out_prompts(run: dict[str, Any], formatter: Formatter, config: ReleaseConfig) -> list[list[int]]:
     """Prompts from the documents that the draft's training held out, from each source in proportion to its weight."""
-    data = DraftDataConfig(**run["config"]["data"])
-    _, held_out = load_split(data)
-    weights, rng = source_weights(data), np.random.default_rng(config.seed)
-    total = sum(weights.values())
-    max_length = run["config"]["distillation"]["max_prompt_length"]
-    return [
-        prompt
-        for source, found in held_out.items()
-        for prompt in sample_prompts(found, tokenizer, round(config.num_prompts * weights[source] / total), max_length, rng)
-    ]
-
-
-def _mean_length(continuations: list[Continuation]) -> float:
-    return sum(len(continuation.tokens) for continuation in continuations) / len(continuations)
+    data, rng = DataConfig(**run["config"]["data"]), np.random.default_rng(config.seed)
+    max_length = run["config"]["distillation"]["completions"]["max_prompt_length"]
+    prompts: list[list[int]] = []
+    for source, weight in data.sources.items():
+        held_out = [document for document in load_documents(source, data.data_dir) if is_held_out(document)]
+        share = round(config.num_prompts * weight / sum(data.sources.values()))
+        prompts += sample_prompts(held_out, formatter, share, max_length, rng)
+    return prompts
 
 
 def _read_run(folder: Path) -> dict[str, Any]:
@@ -124,22 +110,3 @@ def _read_run(folder: Path) -> dict[str, Any]:
     if start.exists():  # a second stage: the card tells of the first one too
         run["start"] = json.loads(start.read_text(encoding="utf-8"))
     return run
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Publishes a family and prints its acceptance; returns the exit status: 0, or 2 for what the user can fix."""
-    parser = argparse.ArgumentParser(prog="python -m specdecode.training.release", description="Publish a model family.")
-    parser.add_argument("--config", required=True, help="a YAML file such as configs/tiny/train_release.yaml")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
-    options = parser.parse_args(arguments)
-    try:
-        table = release(load_config(options.config, ReleaseConfig, options.overrides))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(table.as_markdown())
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,22 +1,17 @@
-"""A configuration in, a small target model trained from scratch out."""
+"""A configuration and blocks in, a small target model trained from scratch out. One process of perhaps several."""
 
-import itertools
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, TrainerCallback
 
 from specdecode.config import StrictModel
-from specdecode.training.blocks import Batch, TokenStream, encode, mix
-from specdecode.training.checkpoints import load_tokenizer, save_checkpoint
-from specdecode.training.documents import is_held_out, load_documents
-from specdecode.training.losses import next_token_loss
-from specdecode.training.provenance import write_run
+from specdecode.training.checkpoints import load_tokenizer
+from specdecode.training.data import TRAINING, VALIDATION, DataConfig, read_blocks
+from specdecode.training.divergences import LossConfig
+from specdecode.training.reporting import LoggingConfig
 from specdecode.training.tokenizer import END_OF_TEXT, END_OF_TURN
-from specdecode.training.trainer import TrainingConfig, TrainingResult, fit
+from specdecode.training.trainer import DraftTrainer, TrainingConfig, TrainingResult
 
 
 class ArchitectureConfig(StrictModel):
@@ -30,39 +25,35 @@ class ArchitectureConfig(StrictModel):
     max_position_embeddings: int = 2048
 
 
-class MixtureConfig(StrictModel):
-    """What to read: for each domain the weight of each of its sources."""
-
-    data_dir: str
-    domains: dict[str, dict[str, float]]
-
-
 class TargetTrainingConfig(StrictModel):
     """Everything about the training of a target from scratch."""
 
     tokenizer: str
     architecture: ArchitectureConfig
-    data: MixtureConfig
+    data: DataConfig
     training: TrainingConfig
+    logging: LoggingConfig = LoggingConfig()
 
 
-def train_target(config: TargetTrainingConfig) -> TrainingResult:
-    """Trains a target from scratch; its best checkpoint is in OUTPUT_DIR/best, what it took in OUTPUT_DIR/run.json."""
+def learn_target(
+    config: TargetTrainingConfig, blocks: Path, checkpoint: Path | None = None, callbacks: list[TrainerCallback] | None = None
+) -> TrainingResult:
+    """Trains a target on blocks that are there, see `draft.learn`."""
     torch.manual_seed(config.training.seed)
     tokenizer = load_tokenizer(config.tokenizer)
-    model = create_target(config.architecture, tokenizer)
-    batches, validation = _load_batches(config, tokenizer)
-
-    def loss(batch: Batch) -> Tensor:
-        logits = model(input_ids=batch.ids, use_cache=False).logits
-        return next_token_loss(logits, batch.ids, batch.is_scored)
-
-    def save(folder: Path) -> None:
-        save_checkpoint(model, tokenizer, folder)
-
-    result = fit(model, loss, batches, validation, config.training, save)
-    write_run(Path(config.training.output_dir), config, result)
-    return result
+    trainer = DraftTrainer(
+        create_target(config.architecture, tokenizer),
+        None,
+        tokenizer,
+        LossConfig(divergence_weight=0.0, cross_entropy_weight=1.0),
+        read_blocks(blocks / TRAINING),
+        read_blocks(blocks / VALIDATION),
+        config.training,
+        config.logging,
+    )
+    for callback in callbacks or []:
+        trainer.add_callback(callback)
+    return trainer.run(checkpoint)
 
 
 def create_target(shape: ArchitectureConfig, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
@@ -85,24 +76,3 @@ def create_target(shape: ArchitectureConfig, tokenizer: PreTrainedTokenizerBase)
     stops = [tokenizer.convert_tokens_to_ids(token) for token in (END_OF_TURN, END_OF_TEXT)]
     model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=tokenizer.pad_token_id)
     return model
-
-
-def _load_batches(
-    config: TargetTrainingConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Iterator[Batch], dict[str, list[Batch]]]:
-    """Endless training batches over all sources, and fixed validation batches for each domain."""
-    training, data = config.training, config.data
-    rng = np.random.default_rng(training.seed)
-    streams: dict[str, TokenStream] = {}
-    held_out: dict[str, TokenStream] = {}
-    for source in (source for sources in data.domains.values() for source in sources):
-        documents = load_documents(source, data.data_dir)
-        held_out[source] = TokenStream([encode(d, tokenizer) for d in documents if is_held_out(d)], rng)
-        streams[source] = TokenStream([encode(d, tokenizer) for d in documents if not is_held_out(d)], rng)
-    weights = {source: weight for sources in data.domains.values() for source, weight in sources.items()}
-    shape = (training.per_device_batch_size, training.sequence_length)
-    validation = {
-        domain: list(itertools.islice(mix(held_out, sources, *shape, rng), training.num_validation_batches))
-        for domain, sources in data.domains.items()
-    }
-    return mix(streams, weights, *shape, rng), validation

@@ -6,18 +6,6 @@ import pytest
 
 from specdecode.errors import ConfigError
 from specdecode.training.documents import Document, Message, is_held_out, load_documents
-from specdecode.training.sources import DraftDataConfig, load_split
-
-
-def test_the_split_is_disjoint_complete_and_the_same_every_time(data_dir: Path) -> None:
-    config = DraftDataConfig(domain="reasoning", data_dir=str(data_dir), sources={"gsm8k": 1.0})
-
-    training, held_out = load_split(config)
-    again = load_split(config)
-
-    assert (training, held_out) == again
-    assert len(training["gsm8k"]) + len(held_out["gsm8k"]) == 200
-    assert not set(training["gsm8k"]) & set(held_out["gsm8k"])
 
 
 def test_about_two_percent_are_held_out() -> None:

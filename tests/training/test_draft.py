@@ -1,160 +1,224 @@
-"""A short training learns, keeps its best checkpoint, and refuses what cannot work in one line."""
+"""A draft learns from blocks: closer to its target, as well on two accumulated halves, and on from where it was stopped."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
-import yaml
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
-from jobs import train_draft as job
+from specdecode.backends.backend import create_backend
 from specdecode.config import check_config
 from specdecode.errors import ConfigError, ModelError
-from specdecode.training.continuations import Continuation, remember
-from specdecode.training.draft import DraftTrainingConfig, train_draft
+from specdecode.training.data import TRAINING, VALIDATION
+from specdecode.training.divergences import LossConfig
+from specdecode.training.draft import PROMPTS, DraftTrainingConfig, learn
+from specdecode.training.teacher_cache import Annotator, check_teacher, note_teacher
 
 
-@pytest.fixture
-def values(model_folder: str, data_dir: Path, tmp_path: Path) -> dict[str, Any]:
-    """A distillation of a one-layer draft that takes about a second."""
-    return {
-        "model": {"draft_model": model_folder, "target_model": model_folder, "num_layers": 1},
-        "data": {"domain": "reasoning", "data_dir": str(data_dir), "sources": {"gsm8k": 1.0}},
-        "training": {
-            "output_dir": str(tmp_path / "draft"),
-            "num_train_steps": 12,
-            "per_device_batch_size": 4,
-            "sequence_length": 32,
-            "learning_rate": 0.01,
-            "num_warmup_steps": 2,
-            "validate_every": 4,
-            "log_every": 4,
-            "num_validation_batches": 2,
-            "precision": "float32",
-        },
-        "distillation": {"num_prompts": 8, "max_new_tokens": 12},
-    }
-
-
-def config_of(values: dict[str, Any]) -> DraftTrainingConfig:
+def config_of(values: dict[str, Any], **changes: Any) -> DraftTrainingConfig:
+    """The configuration after changes such as training__seed=1."""
+    values = json.loads(json.dumps(values))
+    for name, value in changes.items():
+        *sections, last = name.split("__")
+        place = values
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[last] = value
     return check_config(values, DraftTrainingConfig, where="test")
 
 
-def test_distillation_brings_the_draft_closer_to_its_target(values: dict[str, Any]) -> None:
-    values["training"]["num_train_steps"] = 1
-    before = train_draft(config_of(values)).validation_losses
-    values["training"]["num_train_steps"] = 30
+class Losses(TrainerCallback):
+    """Notes the loss of each step."""
 
-    after = train_draft(config_of(values)).validation_losses
+    def __init__(self) -> None:
+        self.values: dict[int, float] = {}
 
-    assert set(after) == {"text", "continuations", "mean"}
-    assert after["text"] < before["text"]
-    assert after["continuations"] < before["continuations"]
-
-
-def test_fine_tuning_lowers_the_loss_and_needs_no_target(values: dict[str, Any]) -> None:
-    del values["model"]["target_model"]
-    values["distillation"] = {"enabled": False}
-
-    result = train_draft(config_of(values))
-
-    assert set(result.validation_losses) == {"text", "mean"}
-    assert result.validation_losses["text"] < 5  # the logarithm of 320 tokens is 5.8
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:  # noqa: ARG002
+        if logs and "loss" in logs:
+            self.values[state.global_step] = logs["loss"]
 
 
-def test_the_best_checkpoint_loads_at_once(values: dict[str, Any]) -> None:
-    train_draft(config_of(values))
-    output_dir = Path(values["training"]["output_dir"])
+def losses(config: DraftTrainingConfig, blocks: Path) -> list[float]:
+    noted = Losses()
+    learn(config, blocks, callbacks=[noted])
+    return [noted.values[step] for step in sorted(noted.values)]
 
-    model = AutoModelForCausalLM.from_pretrained(output_dir / "best", dtype=torch.float32)
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jensen_shannon", "total_variation"])
+def test_distillation_brings_the_draft_closer_to_its_target(values: dict[str, Any], blocks: Path, divergence: str) -> None:
+    values["distillation"]["loss"] = {"divergence": divergence}
+    before = learn(config_of(values, training__num_train_steps=1, training__output_dir=f"{blocks}-1"), blocks).validation
+    after = learn(config_of(values, training__num_train_steps=60, training__validate_every=20), blocks).validation
+    assert after["loss"] < before["loss"]
+    assert after["acceptance"] > before["acceptance"]
+    assert after["accepted_length"] > before["accepted_length"]
+
+
+def test_fine_tuning_lowers_the_texts_surprise_and_needs_no_target(values: dict[str, Any], blocks: Path) -> None:
+    values["distillation"] = {}
+    result = learn(config_of(values, model__target_model=None, training__num_train_steps=40), blocks)
+    assert result.validation["loss"] < 4.5  # the logarithm of 285 tokens is 5.7
+    assert set(result.validation) == {"loss"}  # there is nothing to compare it with
+
+
+def test_fine_tuning_beside_a_target_says_what_it_would_accept(values: dict[str, Any], blocks: Path) -> None:
+    values["distillation"] = {}
+    assert learn(config_of(values), blocks).validation.keys() == {"loss", "acceptance", "accepted_length", "agreement"}
+
+
+def test_what_validation_says_is_what_decoding_does(values: dict[str, Any], blocks: Path) -> None:
+    """A draft that is its own target is always right."""
+    result = learn(config_of(values, model__num_layers=None, training__learning_rate=1e-12), blocks)
+    assert result.validation["acceptance"] == pytest.approx(1, abs=1e-4)
+    assert result.validation["agreement"] == pytest.approx(1)
+    assert result.validation["accepted_length"] > 4
+
+
+def test_the_best_checkpoint_loads_at_once(values: dict[str, Any], blocks: Path) -> None:
+    config = config_of(values)
+    result = learn(config, blocks)
+    best = Path(config.training.output_dir) / "best"
+    model = AutoModelForCausalLM.from_pretrained(best, dtype=torch.float32)
     assert model.config.num_hidden_layers == 1
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert sorted(path.name for path in output_dir.iterdir()) == ["best", "continuations.jsonl", "run.json"]
-    assert json.loads((output_dir / "run.json").read_text())["config"]["data"]["domain"] == "reasoning"
+    assert create_backend(str(best)).vocab_size == model.config.vocab_size
+    assert result.best_step in (4, 8, 12)
 
 
-def test_two_runs_of_one_config_are_equal(values: dict[str, Any]) -> None:
-    first = train_draft(config_of(values)).validation_losses
-    values["training"]["output_dir"] += "-again"
-
-    assert train_draft(config_of(values)).validation_losses == first
-
-
-def test_a_draft_reads_a_local_data_set(values: dict[str, Any], data_dir: Path) -> None:
-    values["data"] = {
-        "domain": "reasoning",
-        "dataset_name": str(data_dir / "reasoning/gsm8k/train.jsonl"),
-        "columns": {"prompt": "question", "response": "answer"},
-    }
-
-    assert train_draft(config_of(values)).num_steps == 12
+def test_the_best_and_not_the_last_is_kept(values: dict[str, Any], blocks: Path) -> None:
+    """A rate that is far too high makes it worse and worse."""
+    config = config_of(values, training__learning_rate=3.0, training__max_gradient_norm=100.0, training__num_warmup_steps=8)
+    result = learn(config, blocks)
+    assert result.best_step < 12
 
 
-def test_a_column_that_is_not_there(values: dict[str, Any], data_dir: Path) -> None:
-    values["data"] = {"domain": "code", "dataset_name": str(data_dir / "reasoning/gsm8k/train.jsonl")}
+def test_two_runs_of_one_config_are_equal_and_another_seed_is_not(values: dict[str, Any], blocks: Path) -> None:
+    first = losses(config_of(values), blocks)
+    assert losses(config_of(values, training__output_dir=f"{blocks}-2"), blocks) == first
+    assert losses(config_of(values, training__output_dir=f"{blocks}-3", training__seed=5), blocks) != first
 
-    with pytest.raises(ConfigError, match=r"no column content; it has \['question', 'answer'\]"):
-        train_draft(config_of(values))
+
+def test_accumulated_halves_are_as_good_as_the_whole(values: dict[str, Any], blocks: Path) -> None:
+    whole = losses(config_of(values), blocks)
+    halves = losses(
+        config_of(
+            values,
+            training__output_dir=f"{blocks}-2",
+            training__per_device_batch_size=2,
+            training__gradient_accumulation_steps=2,
+            training__gradient_checkpointing=True,
+        ),
+        blocks,
+    )
+    np.testing.assert_allclose(halves, whole, rtol=1e-4)
 
 
-def test_another_vocabulary_is_refused(values: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_goes_on_as_if_it_had_not_been_stopped(values: dict[str, Any], blocks: Path) -> None:
+    whole = losses(config_of(values), blocks)
+
+    class Stop(TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> Any:  # noqa: ARG002
+            control.should_training_stop = True
+            return control
+
+    config = config_of(values, training__output_dir=f"{blocks}-2")
+    learn(config, blocks, callbacks=[Stop()])
+    checkpoint = Path(config.training.output_dir) / "trainer" / "checkpoint-4"
+    noted = Losses()
+    result = learn(config, blocks, checkpoint, [noted])
+    np.testing.assert_allclose([noted.values[step] for step in range(5, 13)], whole[4:], rtol=1e-5)
+    assert result.num_steps == 12
+
+
+def annotated(blocks: Path, config: DraftTrainingConfig, vocab_size: int) -> Path:
+    """The blocks with what the target says of them, as `jobs.cache_teacher` writes them."""
+    folder = blocks.with_name("cache")
+    folder.mkdir()
+    annotator = Annotator(config.model.target_model or "", config.loss.model_dump(), vocab_size, "cpu")
+    for name in (TRAINING, VALIDATION):
+        pq.write_table(annotator(pq.read_table(blocks / name)), folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jensen_shannon", "total_variation"])
+def test_a_cached_teacher_teaches_what_the_live_one_does(values: dict[str, Any], blocks: Path, divergence: str) -> None:
+    values["distillation"]["loss"] = {"divergence": divergence, "top_k": 20, "temperature": 1.5, "greedy_weight": 0.3}
+    config = config_of(values)
+    live = losses(config, blocks)
+    cache = annotated(blocks, config, 285)
+    cached = config_of(values, training__output_dir=f"{blocks}-2", distillation__teacher_cache=str(cache))
+    np.testing.assert_allclose(losses(cached, cache), live, rtol=1e-4)
+
+
+def test_a_cache_that_is_made_of_something_else_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds no cache"):
+        check_teacher(tmp_path, {"target": "a"})
+    note_teacher(tmp_path, {"target": "a", "top_k": 4})
+    check_teacher(tmp_path, {"target": "a", "top_k": 4})
+    with pytest.raises(ConfigError, match="another top_k"):
+        check_teacher(tmp_path, {"target": "a", "top_k": 8})
+
+
+def test_the_student_learns_from_its_own_words(values: dict[str, Any], blocks: Path) -> None:
+    pq.write_table(pa.table({"prompt": [[5, 6, 7], [8, 9], [10, 11, 12, 13]]}), blocks / PROMPTS)
+    values["distillation"] |= {"student_share": 1.0, "target_share": 0.0}
+    own = losses(config_of(values), blocks)
+    values["distillation"]["student_share"] = 0.0
+    other = losses(config_of(values, training__output_dir=f"{blocks}-2"), blocks)
+    assert own != other
+    assert all(np.isfinite(own))
+    values["distillation"]["student_share"] = 1.0
+    assert losses(config_of(values, training__output_dir=f"{blocks}-3"), blocks) == own
+
+
+def test_another_vocabulary_is_refused(values: dict[str, Any], blocks: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     for path in Path(values["model"]["target_model"]).iterdir():
         (other / path.name).write_bytes(path.read_bytes())
     tokenizer_json = other / "tokenizer.json"
     tokenizer_json.write_text(tokenizer_json.read_text().replace("<|system|>", "<|tool|>"))
-    values["model"]["target_model"] = str(other)
 
     with pytest.raises(ModelError, match="another vocabulary"):
-        train_draft(config_of(values))
+        learn(config_of(values, model__target_model=str(other)), blocks)
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "message"),
+    ("changes", "message"),
     [
-        ("model.target_model", None, "model.target_model: expected a model to distil from"),
-        ("data.sources", {}, "data: expected either dataset_name or sources"),
-        ("data.domain", "poetry", "data.domain: input should be 'code', 'chat', 'reasoning' or 'generic'"),
-        ("training.num_train_steps", "many", "training.num_train_steps: input should be a valid integer"),
-        ("training.epochs", 3, "training.epochs: unknown key"),
-        ("model.draft_model", "/nowhere/at/all", "/nowhere/at/all: does not load"),
-        ("data.sources", {"nonsense": 1.0}, "data source nonsense: unknown"),
+        ({"model__target_model": None}, "model.target_model: expected a model to distil from"),
+        ({"data__sources": {}}, "data: expected either dataset_name or sources"),
+        ({"data__sources": {"gsm8k": -1.0}}, "expected weights above 0"),
+        ({"data__domain": "poetry"}, "data.domain: input should be 'code', 'chat', 'reasoning' or 'generic'"),
+        ({"training__num_train_steps": "many"}, "training.num_train_steps: input should be a valid integer"),
+        ({"training__num_train_steps": 0}, "training.num_train_steps: input should be greater than 0"),
+        ({"training__per_device_batch_size": 0}, "training.per_device_batch_size: input should be greater than 0"),
+        ({"training__sequence_length": 0}, "training.sequence_length: input should be greater than 1"),
+        ({"training__epochs": 3}, "training.epochs: unknown key"),
+        ({"distillation__student_share": 0.5, "training__parallelism": "fsdp"}, "student_share: expected 0"),
+        ({"distillation__loss": {"divergence_weight": 0.0}}, "weight"),
     ],
 )
-def test_the_job_says_in_one_line_what_is_wrong(
-    values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str, value: Any, message: str
-) -> None:
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(values))
-
-    status = job.main(["--config", str(path), "--set", f"{key}={json.dumps(value)}"])
-
-    error = capsys.readouterr().err
-    assert status == 2
-    assert message in error
-    assert error.count("\n") == 1
+def test_a_configuration_that_cannot_work_is_refused(values: dict[str, Any], changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
+        config_of(values, **changes)
 
 
-def test_wandb_is_asked_for_only_when_it_is_wanted(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
-    values["logging"] = {"use_wandb": True}
-
-    with pytest.raises(ConfigError, match="expected wandb to be installed"):
-        train_draft(config_of(values))
-
-
-def test_continuations_are_made_anew_when_their_settings_change(tmp_path: Path) -> None:
-    path, calls = tmp_path / "continuations.jsonl", []
-
-    def make() -> list[Continuation]:
-        calls.append(1)
-        return [Continuation([1, 2], [3])]
-
-    assert remember(path, {"seed": 1}, make) == remember(path, {"seed": 1}, make) == [Continuation([1, 2], [3])]
-    assert len(calls) == 1
-    remember(path, {"seed": 2}, make)
-    assert len(calls) == 2
+def test_the_defaults_are_those_of_the_documentation() -> None:
+    config = check_config(
+        {
+            "data": {"domain": "code", "dataset_name": "transformersbook/codeparrot"},
+            "training": {"output_dir": "checkpoints/draft-code/"},
+        },
+        DraftTrainingConfig,
+        where="test",
+    )
+    assert (config.model.draft_model, config.model.target_model) == ("Qwen/Qwen2.5-1.5B", "Qwen/Qwen2.5-7B")
+    assert (config.training.num_train_steps, config.training.per_device_batch_size) == (50_000, 4)
+    assert (config.distillation.enabled, config.logging.use_wandb) == (False, False)
+    assert config.loss == LossConfig(divergence_weight=0.0, cross_entropy_weight=1.0)

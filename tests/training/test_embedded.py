@@ -9,7 +9,11 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import specdecode
-from specdecode.training.continuations import continue_prompts
+from specdecode.backends.backend import create_backend
+from specdecode.decoding.drafters import NoDrafter
+from specdecode.decoding.sequence import SamplingParams
+from specdecode.training.completions import complete
+from specdecode.training.examples import Formatter
 from specdecode.training.release import read_prompts
 
 TINY = Path(specdecode.__file__).parent / "embedded" / "tiny"
@@ -56,10 +60,8 @@ def test_the_built_in_prompts_are_well_formed(domain: str) -> None:
 
 @pytest.mark.parametrize("domain", ["code", "chat", "reasoning"])
 def test_the_target_answers_the_built_in_prompts(domain: str) -> None:
-    target = AutoModelForCausalLM.from_pretrained(TINY / "target", dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(TINY / "target")
-    prompts = read_prompts(PROMPTS / f"{domain}.jsonl", tokenizer)[:8]
+    prompts = read_prompts(PROMPTS / f"{domain}.jsonl", Formatter(AutoTokenizer.from_pretrained(TINY / "target")))[:8]
 
-    answers = continue_prompts(target, prompts, 24, temperature=0, batch_size=8, pad_id=0)
+    answers = complete(prompts, create_backend("tiny/target"), NoDrafter(), lambda _: SamplingParams(max_tokens=24))
 
     assert sum(len(answer.tokens) for answer in answers) / len(answers) > 12

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,34 +11,27 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedToken
 from specdecode.config import check_config
 from specdecode.errors import ConfigError
 from specdecode.training.checkpoints import save_checkpoint
-from specdecode.training.draft import DraftTrainingConfig, train_draft
+from specdecode.training.draft import DraftTrainingConfig, learn
+from specdecode.training.provenance import write_run
 from specdecode.training.release import ReleaseConfig, release
 
-RESULT = {"num_steps": 5, "best_step": 5, "num_tokens": 1000, "time_s": 60.0, "validation_losses": {"mean": 2.0}}
+RESULT = {"num_steps": 5, "best_step": 5, "num_tokens": 1000, "time_s": 60.0, "validation": {"loss": 2.0}}
 
 
 @pytest.fixture
-def config(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, data_dir: Path, tmp_path: Path) -> ReleaseConfig:
+def config(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, values: dict[str, Any], blocks: Path, tmp_path: Path
+) -> ReleaseConfig:
     """A random target and a draft of one layer that was trained for a moment."""
     checkpoints, prompts = tmp_path / "checkpoints", tmp_path / "prompts"
     save_checkpoint(model, tokenizer, checkpoints / "target" / "best")
     architecture = {"num_layers": 2, "hidden_size": 32}
-    run = {"config": {"architecture": architecture, "data": {"domains": {"reasoning": {"gsm8k": 1.0}}}}, "result": RESULT}
+    run = {"config": {"architecture": architecture, "data": values["data"]}, "result": RESULT}
     (checkpoints / "target" / "run.json").write_text(json.dumps(run | {"versions": {"torch": "2.13"}}))
-    draft = {
-        "model": {"draft_model": str(checkpoints / "target/best"), "target_model": str(checkpoints / "target/best")},
-        "data": {"domain": "reasoning", "data_dir": str(data_dir), "sources": {"gsm8k": 1.0}},
-        "training": {
-            "output_dir": str(checkpoints / "draft-reasoning"),
-            "num_train_steps": 1,
-            "per_device_batch_size": 2,
-            "sequence_length": 16,
-            "learning_rate": 0.001,
-        },
-        "distillation": {"num_prompts": 2, "max_new_tokens": 4},
-    }
-    draft["model"]["num_layers"] = 1
-    train_draft(check_config(draft, DraftTrainingConfig, where="test"))
+    values["model"] |= {"draft_model": str(checkpoints / "target/best"), "target_model": str(checkpoints / "target/best")}
+    values["training"] |= {"output_dir": str(checkpoints / "draft-reasoning"), "num_train_steps": 1}
+    draft = check_config(values, DraftTrainingConfig, where="test")
+    write_run(checkpoints / "draft-reasoning", draft, learn(draft, blocks))
     prompts.mkdir()
     question = {"id": "reasoning-001", "domain": "reasoning", "format": "chat", "prompt": "How many apples?"}
     (prompts / "reasoning.jsonl").write_text(json.dumps(question) + "\n")
@@ -55,8 +49,8 @@ def test_a_family_is_published_with_cards(config: ReleaseConfig) -> None:
     table = release(config)
 
     card = (Path(config.output_dir) / "draft-reasoning" / "README.md").read_text()
-    assert set(table.rates) == {(origin, "draft-reasoning", "reasoning") for origin in ("built-in", "held-out")}
-    assert all(0 <= rate <= 1 for rate in table.rates.values())
+    assert set(table.scores) == {(origin, "draft-reasoning", "reasoning") for origin in ("built-in", "held-out")}
+    assert all(0 <= scores.greedy.rate <= 1 for scores in table.scores.values())
     assert table.as_markdown() in card
     assert "GSM8K, training split (openai/grade-school-math) | 100% | MIT |" in card
     for name in ("target", "draft-reasoning"):

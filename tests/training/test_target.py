@@ -1,76 +1,37 @@
-"""A target learns from scratch, and its recipe loads."""
+"""A target learns from scratch, and a checkpoint is replaced whole."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from specdecode.config import check_config, load_config
+from specdecode.config import check_config
 from specdecode.training.checkpoints import save_tokenizer
-from specdecode.training.draft import DraftTrainingConfig
-from specdecode.training.release import ReleaseConfig
-from specdecode.training.target import TargetTrainingConfig, train_target
-from specdecode.training.tokenizer import TokenizerConfig
-from specdecode.training.trainer import TrainingConfig, learning_rate_factor, replace_folder
-
-RECIPES = {
-    "tokenizer": TokenizerConfig,
-    "pretrain_target": TargetTrainingConfig,
-    "distill_generic": DraftTrainingConfig,
-    "distill_code": DraftTrainingConfig,
-    "distill_chat_start": DraftTrainingConfig,
-    "distill_chat": DraftTrainingConfig,
-    "distill_reasoning": DraftTrainingConfig,
-    "train_release": ReleaseConfig,
-}
+from specdecode.training.target import TargetTrainingConfig, learn_target
+from specdecode.training.trainer import replace_folder
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_of_the_embedded_family_loads(name: str) -> None:
-    assert load_config(Path("configs/tiny") / f"{name}.yaml", RECIPES[name])
-
-
-def test_a_target_learns_and_knows_where_to_stop(tokenizer: PreTrainedTokenizerFast, data_dir: Path, tmp_path: Path) -> None:
+def test_a_target_learns_and_knows_where_to_stop(
+    values: dict[str, Any], blocks: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
     save_tokenizer(tokenizer, tmp_path / "tokenizer")
-    values = {
+    shape = {"num_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = {
         "tokenizer": str(tmp_path / "tokenizer"),
-        "architecture": {
-            "num_layers": 2,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-        },
-        "data": {"data_dir": str(data_dir), "domains": {"reasoning": {"gsm8k": 1.0}}},
-        "training": {
-            "output_dir": str(tmp_path / "target"),
-            "num_train_steps": 30,
-            "per_device_batch_size": 4,
-            "sequence_length": 64,
-            "learning_rate": 0.01,
-            "num_warmup_steps": 2,
-            "num_validation_batches": 1,
-            "precision": "float32",
-        },
+        "architecture": shape,
+        "data": values["data"],
+        "training": values["training"] | {"num_train_steps": 40},
     }
 
-    result = train_target(check_config(values, TargetTrainingConfig, where="test"))
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "target" / "best", dtype=torch.float32)
+    result = learn_target(check_config(config, TargetTrainingConfig, where="test"), blocks)
+    best = Path(config["training"]["output_dir"]) / "best"
+    model = AutoModelForCausalLM.from_pretrained(best, dtype=torch.float32)
 
-    assert result.validation_losses["reasoning"] < 4.5  # the logarithm of 320 tokens is 5.8
-    assert result.num_tokens == 30 * 4 * 63
+    assert result.validation["loss"] < 4.5  # the logarithm of 285 tokens is 5.7
     assert model.generation_config.eos_token_id == [4, 0]
-    assert AutoTokenizer.from_pretrained(tmp_path / "target" / "best").chat_template
-
-
-def test_the_learning_rate_warms_up_and_falls_to_its_floor() -> None:
-    config = TrainingConfig(output_dir="", num_train_steps=100, per_device_batch_size=1, learning_rate=1.0, num_warmup_steps=10)
-    factors = [learning_rate_factor(step, config) for step in range(100)]
-
-    assert factors[0] == pytest.approx(0.1)
-    assert max(factors) == factors[10] == 1
-    assert factors[99] == pytest.approx(config.min_learning_rate_ratio, abs=0.01)
+    assert AutoTokenizer.from_pretrained(best).chat_template
 
 
 def test_a_checkpoint_is_replaced_at_once_or_not_at_all(tmp_path: Path) -> None:

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from specdecode.training.blocks import encode, encode_text, end_of_text
 from specdecode.training.checkpoints import save_tokenizer
 from specdecode.training.documents import Document, Message
+from specdecode.training.examples import Formatter, end_of_text
 from specdecode.training.tokenizer import SPECIAL_TOKENS, TokenizerConfig, train_tokenizer
 
 TEXTS = [
@@ -21,7 +21,7 @@ TEXTS = [
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_every_text_comes_back_exactly(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
-    assert tokenizer.decode(encode_text(text, tokenizer)) == text
+    assert tokenizer.decode(Formatter(tokenizer).prompt(Document(text))) == text
 
 
 def test_digits_are_tokens_of_their_own(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -37,9 +37,10 @@ def test_the_special_tokens_come_first(tokenizer: PreTrainedTokenizerFast) -> No
 def test_a_conversation_in_the_chat_format(tokenizer: PreTrainedTokenizerFast) -> None:
     document = Document(messages=(Message("user", "Hi"), Message("assistant", "Hello")))
 
-    text = tokenizer.decode(encode(document, tokenizer))
+    example = Formatter(tokenizer).example(document)
 
-    assert text == "<|user|>\nHi<|end|>\n<|assistant|>\nHello<|end|>\n<|endoftext|>"
+    assert example is not None
+    assert tokenizer.decode(example.ids.tolist()) == "<|user|>\nHi<|end|>\n<|assistant|>\nHello<|end|>\n<|endoftext|>"
 
 
 def test_the_prompt_for_an_answer(tokenizer: PreTrainedTokenizerFast) -> None:

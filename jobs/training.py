@@ -1,0 +1,121 @@
+"""A run of Ray Train: processes that train, started again where they are lost, and a folder that is one run's alone."""
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import ray
+from datasets import disable_progress_bars
+from pydantic import BaseModel
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.huggingface.transformers import RayTrainReportCallback
+from ray.train.torch import TorchConfig, TorchTrainer
+from transformers.utils.logging import disable_progress_bar
+
+from specdecode.errors import ConfigError
+from specdecode.training.trainer import TrainingConfig, TrainingResult
+
+_CONFIG, _RESULT = "config.json", "result.json"
+_RUN_NAME = "ray"  # the folder of Ray Train's checkpoints, in the storage path
+# What may be another the next time that a run goes on.
+_MAY_CHANGE: dict[str, Any] = {"training": {"max_failures", "log_every"}, "logging": True}
+
+
+class Run:
+    """One training, in a folder of its own.
+
+    Args:
+        config: everything about it.
+        training: how long and on what.
+        resume: whether to go on with what the folder holds.
+
+    Raises:
+        ConfigError: the folder holds a run that is not to be resumed, or none that is to be.
+    """
+
+    def __init__(self, config: BaseModel, training: TrainingConfig, *, resume: bool) -> None:
+        self._config = config
+        self._training = training
+        self._folder = Path(training.output_dir).absolute()
+        self._identity: dict[str, Any] = json.loads(config.model_dump_json(exclude=_MAY_CHANGE))
+        self._claim(resume)
+
+    def _claim(self, resume: bool) -> None:
+        path = self._folder / _CONFIG
+        if not is_begun(self._folder):
+            if resume:
+                raise ConfigError(f"--resume: {self._folder} holds no run: expected one that this configuration has begun")
+            return
+        if not resume:
+            raise ConfigError(
+                f"training.output_dir: {self._folder} holds a run: expected another folder, or --resume to go on with it"
+            )
+        if json.loads(path.read_text(encoding="utf-8")) != self._identity:
+            raise ConfigError(f"--resume: the run in {self._folder} has another configuration: expected that of {path}")
+
+    def check_devices(self) -> None:
+        """Raises a `ConfigError` if the cluster has not what the processes ask for."""
+        there, count = ray.cluster_resources(), max(1, self._training.num_workers)
+        for name, amount in self._resources().items():
+            if there.get(name, 0) < amount * count:
+                raise ConfigError(
+                    f"training: {count} workers on {self._training.device} ask for {amount * count:g} {name}, the cluster has "
+                    f"{there.get(name, 0):g}: expected fewer of them, or another device"
+                )
+
+    def fit(self, work: Callable[[dict[str, Any]], None], blocks: Path) -> TrainingResult:
+        """Has processes do `work`, which is told the configuration as `config` and the blocks' folder as `blocks`."""
+        training = self._training
+        self._folder.mkdir(parents=True, exist_ok=True)
+        (self._folder / _CONFIG).write_text(json.dumps(self._identity, indent=2) + "\n", encoding="utf-8")
+        storage = training.storage_path or str(self._folder)
+        trainer = TorchTrainer(
+            work,
+            train_loop_config={"config": self._config.model_dump(), "blocks": str(blocks.absolute())},
+            torch_config=TorchConfig(backend="nccl" if self._uses_gpu() else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=training.num_workers,
+                use_gpu=self._uses_gpu(),
+                resources_per_worker=self._resources() if training.num_workers else None,
+            ),
+            run_config=RunConfig(
+                name=_RUN_NAME,
+                storage_path=storage if "://" in storage else str(Path(storage).absolute()),
+                checkpoint_config=CheckpointConfig(num_to_keep=2),
+                failure_config=FailureConfig(max_failures=training.max_failures),
+            ),
+        )
+        trainer.fit()
+        return TrainingResult(**json.loads((self._folder / _RESULT).read_text(encoding="utf-8")))
+
+    def _resources(self) -> dict[str, float]:
+        """Of one process."""
+        return {"CPU": 1.0, **({"GPU": 1.0} if self._uses_gpu() else {}), **self._training.resources_per_worker}
+
+    def _uses_gpu(self) -> bool:
+        device = self._training.device
+        return device == "cuda" or (device == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
+
+
+def is_begun(folder: Path) -> bool:
+    """Whether a folder holds a run."""
+    return (folder / _CONFIG).exists()
+
+
+def report(training: TrainingConfig, learn: Callable[..., TrainingResult]) -> None:
+    """Has `learn` train, in one of a run's processes, from the run's last checkpoint if there is one; keeps its result."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    disable_progress_bar()  # a worker's output is a log
+    disable_progress_bars()
+    last = ray.train.get_checkpoint()
+    if last is None:
+        result = learn(checkpoint=None, callbacks=[RayTrainReportCallback()])
+    else:
+        with last.as_directory() as folder:
+            checkpoint = Path(folder) / RayTrainReportCallback.CHECKPOINT_NAME
+            result = learn(checkpoint=checkpoint, callbacks=[RayTrainReportCallback()])
+    if ray.train.get_context().get_world_rank() == 0:
+        (Path(training.output_dir) / _RESULT).write_text(json.dumps(asdict(result)), encoding="utf-8")

@@ -1,0 +1,198 @@
+"""Prompts and a target in, the target's own answers out: the text on which a draft has to be good.
+
+On-policy data in the sense of "DistillSpec" (Zhou et al. 2023, arXiv 2310.08461): acceptance is counted on what the target
+says, not on what people wrote. Our own engine answers, in parts that are kept: a run that was stopped goes on where it was.
+"""
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from specdecode.backends.backend import ModelBackend, ModelConfig, open_model
+from specdecode.config import StrictModel
+from specdecode.decoding.drafters import Drafter, ModelDrafter, NoDrafter
+from specdecode.decoding.engine import Engine, EngineConfig
+from specdecode.decoding.sequence import Route, SamplingParams, Sequence
+from specdecode.errors import ConfigError
+from specdecode.training.checkpoints import load_tokenizer
+from specdecode.training.data import DataConfig
+from specdecode.training.documents import Document, is_held_out
+from specdecode.training.examples import Example, Formatter
+from specdecode.training.prompts import sample_prompts
+
+logger = logging.getLogger(__name__)
+
+_ABOUT = "completions.json"
+
+
+class CompletionConfig(StrictModel):
+    """Which prompts are answered, and how."""
+
+    num_prompts: int = Field(default=2000, gt=0)
+    max_prompt_length: int = Field(default=160, gt=0, description="tokens; longer prompts are left out")
+    max_new_tokens: int = Field(default=160, gt=0)
+    sampled_share: float = Field(default=0.25, ge=0, le=1, description="how many, of 1, are sampled; the others are greedy")
+    temperature: float = Field(default=0.8, gt=0)
+    seed: int = 0
+    batch: int = Field(default=32, gt=0, description="answers that are decoded together")
+    part: int = Field(default=256, gt=0, description="prompts of a part, which is kept whole or not at all")
+    num_actors: int = Field(default=1, gt=0, description="processes that each hold the models")
+    num_gpus: float = Field(default=0.0, ge=0, description="GPUs of each of them")
+
+
+class CompletionJobConfig(StrictModel):
+    """What is asked, of whom, and where the answers go."""
+
+    target: ModelConfig
+    draft: ModelConfig | None = Field(default=None, description="guesses, which makes it quicker and changes nothing")
+    K: int = Field(default=4, gt=0)
+    data: DataConfig
+    completions: CompletionConfig = Field(default_factory=CompletionConfig)
+    output_dir: str
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the target said after a prompt, both as ids; the end token is part of it where it was reached."""
+
+    prompt: list[int]
+    tokens: list[int]
+
+    def example(self) -> Example:
+        """To learn from: the answer."""
+        return Example.answer(self.prompt, self.tokens)
+
+
+def sample_all_prompts(
+    documents: dict[str, list[Document]], weights: dict[str, float], tokenizer: str, config: CompletionConfig, *, held_out: bool
+) -> list[list[int]]:
+    """Prompts from each source in proportion to its weight; only of documents that are held out, or only of the others.
+
+    Raises:
+        ConfigError: there are none that are short enough.
+    """
+    formatter = Formatter(load_tokenizer(tokenizer))
+    rng = np.random.default_rng([config.seed, int(held_out)])
+    prompts: list[list[int]] = []
+    for source, weight in weights.items():
+        chosen = [document for document in documents[source] if is_held_out(document) == held_out]
+        share = round(config.num_prompts * weight / sum(weights.values()))
+        prompts += sample_prompts(chosen, formatter, share, config.max_prompt_length, rng)
+    if not prompts:
+        raise ConfigError(f"data: expected prompts of at most {config.max_prompt_length} tokens, found none")
+    return prompts
+
+
+class Answers:
+    """A folder of answers, in parts.
+
+    Args:
+        folder: where they are.
+        about: what they are made of.
+
+    Raises:
+        ConfigError: the folder holds answers that are made of something else.
+    """
+
+    def __init__(self, folder: Path, about: dict[str, Any]) -> None:
+        self._folder = folder
+        told = json.dumps(about, sort_keys=True)
+        path = folder / _ABOUT
+        if path.exists() and path.read_text(encoding="utf-8") != told:
+            raise ConfigError(f"{folder} holds the answers of another configuration: expected a new folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(told, encoding="utf-8")
+
+    def is_there(self, number: int) -> bool:
+        """Whether a part is done."""
+        return part_path(self._folder, number).exists()
+
+    def read(self, num_parts: int) -> list[Completion]:
+        """All parts, in their order."""
+        return [completion for number in range(num_parts) for completion in read_part(part_path(self._folder, number))]
+
+
+class Answerer:
+    """Holds the models; answers a part's prompts and writes them down.
+
+    Args:
+        config: a `CompletionJobConfig` as a dictionary, as it travels between processes.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self._config = CompletionJobConfig.model_validate(config)
+        self._target = open_model(self._config.target)
+        self._drafter: Drafter = NoDrafter()
+        if self._config.draft is not None:
+            self._drafter = ModelDrafter.between(open_model(self._config.draft), self._target)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Takes a part's `number` and its `prompts` as JSON; returns the number, and what it took."""
+        started = time.perf_counter()
+        settings = self._config.completions
+        first = row["number"] * settings.part
+        completions = complete(
+            json.loads(row["prompts"]),
+            self._target,
+            self._drafter,
+            lambda n: _params(settings, first + n),
+            settings.batch,
+            self._config.K,
+        )
+        _write(part_path(Path(self._config.output_dir), row["number"]), completions)
+        num_tokens = sum(len(completion.tokens) for completion in completions)
+        return {"number": row["number"], "num_tokens": num_tokens, "rate": num_tokens / (time.perf_counter() - started)}
+
+
+def complete(
+    prompts: list[list[int]],
+    target: ModelBackend,
+    drafter: Drafter,
+    params: Callable[[int], SamplingParams],
+    batch: int = 32,
+    k: int = 4,
+) -> list[Completion]:
+    """Answers prompts, `batch` of them at a time; `params` says how each of them is answered, by its place in the list."""
+    engine = Engine(target, drafter, EngineConfig(max_batch=batch, max_queued=len(prompts), draft_length="fixed"))
+    sequences = [Sequence(prompt, params(place), Route("draft", k)) for place, prompt in enumerate(prompts)]
+    for sequence in sequences:
+        engine.submit(sequence)
+    for _ in engine.run():
+        pass
+    return [Completion(s.tokens[: s.num_prompt_tokens], s.tokens[s.num_prompt_tokens :]) for s in sequences]
+
+
+def _params(config: CompletionConfig, number: int) -> SamplingParams:
+    """How a prompt is answered: a function of its number, so that it is the same whoever does it, and whenever."""
+    seed = int.from_bytes(hashlib.sha256(f"{config.seed}:{number}".encode()).digest()[:8], "little")
+    is_sampled = np.random.default_rng(seed).random() < config.sampled_share
+    return SamplingParams(
+        max_tokens=config.max_new_tokens, temperature=config.temperature if is_sampled else 0.0, seed=seed >> 1
+    )
+
+
+def part_path(folder: Path, number: int) -> Path:
+    """Where a part is."""
+    return folder / f"part-{number:05}.parquet"
+
+
+def _write(path: Path, completions: list[Completion]) -> None:
+    new = path.with_name(f".{path.name}.new")
+    pq.write_table(pa.table({"prompt": [c.prompt for c in completions], "tokens": [c.tokens for c in completions]}), new)
+    new.replace(path)
+
+
+def read_part(path: Path) -> Iterator[Completion]:
+    """The answers of a part."""
+    for row in pq.read_table(path).to_pylist():
+        yield Completion(row["prompt"], row["tokens"])
