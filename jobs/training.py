@@ -58,6 +58,10 @@ class Run:
 
     def check_devices(self) -> None:
         """Raises a `ConfigError` if the cluster has not what the processes ask for."""
+        if self._training.parallelism == "fsdp" and not self._uses_gpu():
+            raise ConfigError(
+                "training.parallelism: expected ddp on CPUs, got fsdp: accelerate shares models out on GPUs alone"
+            )
         there, count = ray.cluster_resources(), max(1, self._training.num_workers)
         for name, amount in self._resources().items():
             if there.get(name, 0) < amount * count:

@@ -8,6 +8,7 @@ from pydantic import BaseModel
 
 from jobs.drills import DrillsConfig
 from jobs.soak import SoakConfig
+from jobs.training_speed import TrainingSpeedConfig
 from serve.config import ServeConfig
 from specdecode.config import check_config, load_config
 from specdecode.evaluation.speed import SpeedConfig
@@ -33,6 +34,7 @@ MODELS: dict[str, type[BaseModel]] = {
     "tiny/soak.yaml": SoakConfig,
     "tiny/tokenizer.yaml": TokenizerConfig,
     "tiny/train_code.yaml": DraftTrainingConfig,
+    "tiny/training_speed.yaml": TrainingSpeedConfig,
     "tiny/train_release.yaml": ReleaseConfig,
     "tiny/verifiers.yaml": SpeedConfig,
     "train_chat.yaml": DraftTrainingConfig,

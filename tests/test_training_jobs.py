@@ -286,6 +286,7 @@ def test_a_target_learns_from_scratch_and_goes_on_where_it_was(
     [
         ("training.device=cuda", "the cluster has 0"),
         ("training.num_workers=99", "ask for 99 CPU"),
+        ("training.parallelism=fsdp", "expected ddp on CPUs, got fsdp"),
         ("model.draft_model=/nowhere/at/all", "/nowhere/at/all: does not load"),
         ("data.dataset_name=/nowhere.jsonl", "/nowhere.jsonl does not load"),
         ("logging.use_wandb=true", "expected wandb to be installed"),

@@ -55,7 +55,9 @@ class TrainingConfig(StrictModel):
     num_workers: int = Field(default=1, ge=0, description="processes that train; 0 trains in the job's own, for a look")
     resources_per_worker: dict[str, float] = Field(default_factory=dict, description="what each asks of Ray, such as {CPU: 2}")
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    parallelism: Literal["ddp", "fsdp"] = Field(default="ddp", description="of several workers: copies, or shares of the model")
+    parallelism: Literal["ddp", "fsdp"] = Field(
+        default="ddp", description="of several workers: copies of the model, or on GPUs shares of it (FSDP2)"
+    )
     max_failures: int = Field(default=3, ge=0, description="how often workers that are lost are started again")
     storage_path: str | None = Field(
         default=None, description="where checkpoints are, which all nodes see; output_dir if unset"
@@ -160,8 +162,8 @@ class DraftTrainer(transformers.Trainer):
         self._logged = (0, time.perf_counter())
         super().__init__(
             model=student,
-            args=_arguments(config, log),
-            data_collator=_Collator(self._groups),
+            args=arguments(config, log),
+            data_collator=Collator(self._groups),
             train_dataset=training,
             eval_dataset=validation,
             compute_metrics=self._figures,
@@ -345,13 +347,14 @@ class ProgressLine(TrainerCallback):
             logger.info("step %d of %d  %s", state.global_step, state.max_steps, figures)
 
 
-class _Collator:
+class Collator:
     """Rows of blocks in, tensors out."""
 
     def __init__(self, groups: list[str]) -> None:
         self._groups = {name: number for number, name in enumerate(groups)}
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Stacks the rows, [batch, length] each."""
         batch = {
             name: torch.tensor(np.array([row[name] for row in rows]), dtype=torch.long)
             for name in ("input_ids", "position_ids", "labels")
@@ -364,7 +367,8 @@ class _Collator:
         return batch
 
 
-def _arguments(config: TrainingConfig, log: LoggingConfig) -> TrainingArguments:
+def arguments(config: TrainingConfig, log: LoggingConfig) -> TrainingArguments:
+    """The configuration as transformers takes it."""
     reports = [name for name, wanted in (("tensorboard", log.use_tensorboard), ("wandb", log.use_wandb)) if wanted]
     return TrainingArguments(
         output_dir=str(Path(config.output_dir) / "trainer"),
@@ -395,5 +399,6 @@ def _arguments(config: TrainingConfig, log: LoggingConfig) -> TrainingArguments:
         remove_unused_columns=False,
         average_tokens_across_devices=True,
         fsdp=config.parallelism == "fsdp" and config.num_workers > 1,
+        ddp_find_unused_parameters=False,
         disable_tqdm=True,
     )
