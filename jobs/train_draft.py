@@ -30,9 +30,8 @@ from specdecode.training.data import TRAINING, VALIDATION, training_blocks, vali
 from specdecode.training.draft import (
     PROMPTS,
     DraftTrainingConfig,
-    check_vocabulary,
+    check_models,
     learn,
-    load_draft,
 )
 from specdecode.training.examples import Example, end_of_text
 from specdecode.training.packing import cycle, interleave, pack
@@ -74,10 +73,7 @@ def train_draft(config: DraftTrainingConfig, *, resume: bool = False) -> Trainin
 def check(config: DraftTrainingConfig) -> None:
     """Raises for what can be seen to be wrong with models and packages before anything long begins."""
     config.logging.check()
-    tokenizer = load_tokenizer(resolve_model(config.model.draft_model))
-    if config.model.target_model is not None:
-        check_vocabulary(config.model.target_model, tokenizer)
-    load_draft(config.model)
+    check_models(config.model)
 
 
 def prepare(config: DraftTrainingConfig) -> Path:
@@ -159,7 +155,7 @@ def completions(config: DraftTrainingConfig, *, held_out: bool) -> list[Completi
 def _work(told: dict[str, Any]) -> None:
     """What each process does."""
     config = check_config(told["config"], DraftTrainingConfig, where="train_draft")
-    report(config.training, partial(learn, config, Path(told["blocks"])))
+    report(told, config.training, partial(learn, config, Path(told["blocks"])))
 
 
 if __name__ == "__main__":

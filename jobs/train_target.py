@@ -60,7 +60,7 @@ def prepare(config: TargetTrainingConfig) -> Path:
 
 def _work(told: dict[str, Any]) -> None:
     config = check_config(told["config"], TargetTrainingConfig, where="train_target")
-    report(config.training, partial(learn_target, config, Path(told["blocks"])))
+    report(told, config.training, partial(learn_target, config, Path(told["blocks"])))
 
 
 if __name__ == "__main__":

@@ -10,13 +10,14 @@ from typing import Any
 import ray
 from datasets import disable_progress_bars
 from pydantic import BaseModel
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.huggingface.transformers import RayTrainReportCallback
 from ray.train.torch import TorchConfig, TorchTrainer
+from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.logging import disable_progress_bar
 
-from specdecode.errors import ConfigError
-from specdecode.training.trainer import TrainingConfig, TrainingResult
+from specdecode.errors import ConfigError, TrainingError
+from specdecode.training.trainer import TrainingConfig, TrainingResult, trainer_folder
 
 _CONFIG, _RESULT = "config.json", "result.json"
 _RUN_NAME = "ray"  # the folder of Ray Train's checkpoints, in the storage path
@@ -39,6 +40,7 @@ class Run:
     def __init__(self, config: BaseModel, training: TrainingConfig, *, resume: bool) -> None:
         self._config = config
         self._training = training
+        self._resume = resume
         self._folder = Path(training.output_dir).absolute()
         self._identity: dict[str, Any] = json.loads(config.model_dump_json(exclude=_MAY_CHANGE))
         self._claim(resume)
@@ -71,14 +73,22 @@ class Run:
                 )
 
     def fit(self, work: Callable[[dict[str, Any]], None], blocks: Path) -> TrainingResult:
-        """Has processes do `work`, which is told the configuration as `config` and the blocks' folder as `blocks`."""
+        """Has processes do `work`, which is told the configuration as `config` and the blocks' folder as `blocks`.
+
+        Raises:
+            TrainingError: it failed, and as often again as it may.
+        """
         training = self._training
         self._folder.mkdir(parents=True, exist_ok=True)
         (self._folder / _CONFIG).write_text(json.dumps(self._identity, indent=2) + "\n", encoding="utf-8")
         storage = training.storage_path or str(self._folder)
         trainer = TorchTrainer(
             work,
-            train_loop_config={"config": self._config.model_dump(), "blocks": str(blocks.absolute())},
+            train_loop_config={
+                "config": self._config.model_dump(),
+                "blocks": str(blocks.absolute()),
+                "resume": self._resume,
+            },
             torch_config=TorchConfig(backend="nccl" if self._uses_gpu() else "gloo"),
             scaling_config=ScalingConfig(
                 num_workers=training.num_workers,
@@ -92,7 +102,12 @@ class Run:
                 failure_config=FailureConfig(max_failures=training.max_failures),
             ),
         )
-        trainer.fit()
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            raise TrainingError(
+                f"training failed: {_cause(error)}; what {self._folder} holds stays: --resume goes on from its last checkpoint"
+            ) from error
         return TrainingResult(**json.loads((self._folder / _RESULT).read_text(encoding="utf-8")))
 
     def _resources(self) -> dict[str, float]:
@@ -109,17 +124,24 @@ def is_begun(folder: Path) -> bool:
     return (folder / _CONFIG).exists()
 
 
-def report(training: TrainingConfig, learn: Callable[..., TrainingResult]) -> None:
+def _cause(error: BaseException) -> str:
+    """The last line of what went wrong in a worker."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else repr(error)
+
+
+def report(told: dict[str, Any], training: TrainingConfig, learn: Callable[..., TrainingResult]) -> None:
     """Has `learn` train, in one of a run's processes, from the run's last checkpoint if there is one; keeps its result."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     disable_progress_bar()  # a worker's output is a log
     disable_progress_bars()
+    callbacks = [RayTrainReportCallback()]
     last = ray.train.get_checkpoint()
-    if last is None:
-        result = learn(checkpoint=None, callbacks=[RayTrainReportCallback()])
-    else:
+    if last is not None:
         with last.as_directory() as folder:
-            checkpoint = Path(folder) / RayTrainReportCallback.CHECKPOINT_NAME
-            result = learn(checkpoint=checkpoint, callbacks=[RayTrainReportCallback()])
+            result = learn(checkpoint=Path(folder) / RayTrainReportCallback.CHECKPOINT_NAME, callbacks=callbacks)
+    else:  # a training in the job's own process has no other checkpoints than its own
+        own = get_last_checkpoint(trainer_folder(training)) if told["resume"] and training.num_workers == 0 else None
+        result = learn(checkpoint=own and Path(own), callbacks=callbacks)
     if ray.train.get_context().get_world_rank() == 0:
         (Path(training.output_dir) / _RESULT).write_text(json.dumps(asdict(result)), encoding="utf-8")

@@ -4,7 +4,8 @@
     ├── UserError (ValueError)      something the user can fix; the message says what, where and what was expected
     │   ├── ConfigError             a configuration file or a command line
     │   ├── ModelError              a model that does not exist, does not load, or does not fit the other one
-    │   └── RequestError            a prompt or a sampling parameter
+    │   ├── RequestError            a prompt or a sampling parameter
+    │   └── TrainingError           a training that has failed and can go on, such as for want of space
     └── OverloadedError             the queue is full; trying again later helps
 
 The command line turns a `UserError` into one line and exit status 2; the server turns a `RequestError` into a 4xx and an
@@ -37,6 +38,10 @@ class RequestError(UserError):
 
     def __reduce__(self) -> tuple[type["RequestError"], tuple[str, str | None]]:
         return type(self), (str(self), self.param)
+
+
+class TrainingError(UserError):
+    """A training that has failed; what it has reached is there, and it can go on when the cause is mended."""
 
 
 class OverloadedError(SpecDecodeError):

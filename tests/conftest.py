@@ -1,5 +1,7 @@
 """Tiny random models and a tokenizer, saved as checkpoints for all tests."""
 
+import serve.cluster  # isort: skip  # before all else that imports Ray
+
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -4,6 +4,7 @@ from serve.cluster import connected  # isort: skip  # before all else that impor
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
@@ -25,6 +27,7 @@ from transformers import AutoModelForCausalLM
 from jobs import cache_teacher, train_draft, train_target
 from jobs.generate_data import generate_completions
 from jobs.reading import read
+from serve.local import dashboard_url
 from specdecode.backends.backend import create_backend
 from specdecode.config import check_config
 from specdecode.decoding.drafters import NoDrafter
@@ -37,6 +40,7 @@ from specdecode.training.draft import DraftTrainingConfig
 
 pytestmark = pytest.mark.filterwarnings("default")  # those of Ray and its libraries, in all their processes
 
+ROOT = Path(__file__).parents[1]
 TARGET, DRAFT = "tiny/target", "tiny/draft-generic"
 QUESTIONS = [
     {"question": f"How many apples are {a} apples and {b} apples?", "answer": f"There are {a + b}."}
@@ -56,7 +60,7 @@ def cluster() -> Iterator[None]:
     }
     before = {name: os.environ.get(name) for name in quick}
     os.environ.update(quick)
-    with connected():
+    with connected(dashboard=True):
         yield
     for name, value in before.items():
         os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
@@ -184,6 +188,12 @@ def test_a_draft_is_distilled_and_another_run_does_not_overwrite_it(
 
     assert run(train_draft, values, tmp_path) == 2
     assert "holds a run: expected another folder, or --resume" in capsys.readouterr().err
+    shutil.rmtree(output / "trainer" / "checkpoint-8")  # as if it had been stopped after the fourth step
+    shutil.rmtree(output / "best")
+    assert run(train_draft, values, tmp_path, "--resume") == 0
+    again = json.loads((output / "run.json").read_text())["result"]
+    assert again["validation"] == pytest.approx(about["result"]["validation"])
+    assert again["num_steps"] == 8
     values["training"]["learning_rate"] = 0.1
     assert run(train_draft, values, tmp_path, "--resume") == 2
     assert "has another configuration" in capsys.readouterr().err
@@ -288,6 +298,7 @@ def test_a_target_learns_from_scratch_and_goes_on_where_it_was(
         ("training.num_workers=99", "ask for 99 CPU"),
         ("training.parallelism=fsdp", "expected ddp on CPUs, got fsdp"),
         ("model.draft_model=/nowhere/at/all", "/nowhere/at/all: does not load"),
+        ("model.num_layers=99", "model.num_layers: expected at most the model's 1, got 99"),
         ("data.dataset_name=/nowhere.jsonl", "/nowhere.jsonl does not load"),
         ("logging.use_wandb=true", "expected wandb to be installed"),
         ("data={domain: code, sources: {nonsense: 1.0}}", "data source nonsense: unknown"),
@@ -310,19 +321,49 @@ def test_what_cannot_work_is_one_line_before_any_work(
     assert not (tmp_path / "draft" / "config.json").exists()
 
 
-def test_it_runs_as_a_submitted_job(values: dict[str, Any], tmp_path: Path) -> None:
-    del values["distillation"]
-    values["training"] |= {"num_workers": 1, "num_train_steps": 2, "validate_every": 2}
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(values))
-    address = ray.get_runtime_context().gcs_address
-    environment = os.environ | {"RAY_ADDRESS": address}
-    result = subprocess.run(
-        [sys.executable, "-m", "jobs.train_draft", "--config", str(path)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
+def test_it_runs_as_a_submitted_job_that_the_dashboard_shows(questions: Path, tmp_path: Path) -> None:
+    dashboard = dashboard_url()
+    changes = {
+        "data.sources": "{}",
+        "data.dataset_name": questions,
+        "model.draft_model": DRAFT,
+        "model.target_model": TARGET,
+        "training.output_dir": tmp_path / "submitted",
+        "training.num_train_steps": 2,
+        "training.per_device_batch_size": 2,
+        "training.sequence_length": 48,
+        "training.validate_every": 2,
+        "training.log_every": 1,
+        "training.resources_per_worker": "{CPU: 1}",
+        "distillation.completions.num_prompts": 8,
+        "distillation.completions.max_new_tokens": 8,
+    }
+    sets = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
+    job = [sys.executable, "-m", "jobs.train_draft", "--config", "configs/tiny/distill_code.yaml", *sets]
+    submit = [Path(sys.executable).with_name("ray"), "job", "submit", "--address", dashboard, "--working-dir", ".", "--", *job]
+    result = subprocess.run(submit, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]
+    assert "step 2 of 2" in result.stdout
+    assert "best checkpoint at step 2" in result.stdout
+    assert (tmp_path / "submitted" / "best" / "model.safetensors").exists()
+    token = Path("~/.ray/auth_token").expanduser().read_text().strip()
+    runs = httpx.get(f"{dashboard}/api/train/v2/runs/v1", headers={"Authorization": f"Bearer {token}"}, timeout=60).json()
+    assert any(
+        run["status"] == "FINISHED" and run["job_id"] != ray.get_runtime_context().get_job_id() for run in runs["train_runs"]
     )
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert "step 2 of 2" in result.stdout + result.stderr
+
+
+def test_a_training_that_fails_is_one_line_and_can_go_on(
+    values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values["training"] |= {"num_workers": 1, "max_failures": 0}
+    values["distillation"] = {}
+    blocked = tmp_path / "draft" / "trainer"  # a file where a folder should be, as good as a full disk
+    blocked.parent.mkdir()
+    blocked.write_text("")
+    assert run(train_draft, values, tmp_path) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: training failed: ")
+    assert "--resume goes on" in error
+    blocked.unlink()
+    assert run(train_draft, values, tmp_path, "--resume") == 0

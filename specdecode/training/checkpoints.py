@@ -5,7 +5,14 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from specdecode.errors import ModelError
 
@@ -18,6 +25,18 @@ def load_model(name_or_path: str, dtype: torch.dtype = torch.float32) -> PreTrai
     """
     try:
         return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model {name_or_path}: does not load: {_first_line(error)}") from error
+
+
+def load_shape(name_or_path: str) -> PretrainedConfig:
+    """Loads what a model says of its layers and vocabulary, without its weights.
+
+    Raises:
+        ModelError: there is no such model, or it does not load.
+    """
+    try:
+        return AutoConfig.from_pretrained(name_or_path).get_text_config()
     except (OSError, ValueError) as error:
         raise ModelError(f"model {name_or_path}: does not load: {_first_line(error)}") from error
 
@@ -40,14 +59,19 @@ def keep_first_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedMode
     Raises:
         ModelError: the model has fewer layers.
     """
-    if num_layers > model.config.num_hidden_layers:
-        raise ModelError(f"num_layers: expected at most the model's {model.config.num_hidden_layers}, got {num_layers}")
+    check_num_layers(model.config, num_layers)
     decoder = model.get_decoder()
     decoder.layers = decoder.layers[:num_layers]
     model.config.num_hidden_layers = num_layers
     if getattr(model.config, "layer_types", None):
         model.config.layer_types = model.config.layer_types[:num_layers]
     return model
+
+
+def check_num_layers(shape: PretrainedConfig, num_layers: int) -> None:
+    """Raises a `ModelError` if the model has fewer layers."""
+    if num_layers > shape.num_hidden_layers:
+        raise ModelError(f"model.num_layers: expected at most the model's {shape.num_hidden_layers}, got {num_layers}")
 
 
 def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -11,12 +11,12 @@ import pyarrow.parquet as pq
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from specdecode.config import StrictModel
 from specdecode.embedded import resolve_model
 from specdecode.errors import ConfigError, ModelError
-from specdecode.training.checkpoints import keep_first_layers, load_model, load_tokenizer
+from specdecode.training.checkpoints import check_num_layers, keep_first_layers, load_model, load_shape, load_tokenizer
 from specdecode.training.completions import CompletionConfig
 from specdecode.training.data import TRAINING, VALIDATION, DataConfig, read_blocks
 from specdecode.training.divergences import LossConfig
@@ -191,13 +191,25 @@ def load_teacher(name: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedMod
         ModelError: it does not load, or its tokens are not the draft's.
     """
     check_vocabulary(name, tokenizer)
-    return load_model(resolve_model(name)).eval().requires_grad_(False)
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return load_model(resolve_model(name), dtype).eval().requires_grad_(False)
 
 
 def shared_vocabulary(config: DraftModelConfig) -> int:
     """How many tokens both models have logits for; the longer one's others are padding."""
     names = [name for name in (config.draft_model, config.target_model) if name is not None]
-    return min(int(AutoConfig.from_pretrained(resolve_model(name)).get_text_config().vocab_size) for name in names)
+    return min(int(load_shape(resolve_model(name)).vocab_size) for name in names)
+
+
+def check_models(config: DraftModelConfig) -> None:
+    """Raises a `ModelError` unless both models are there and share a vocabulary; loads no weights."""
+    shape = load_shape(resolve_model(config.draft_model))
+    if config.num_layers is not None:
+        check_num_layers(shape, config.num_layers)
+    tokenizer = load_tokenizer(resolve_model(config.draft_model))
+    if config.target_model is not None:
+        load_shape(resolve_model(config.target_model))
+        check_vocabulary(config.target_model, tokenizer)
 
 
 def check_vocabulary(target: str, tokenizer: PreTrainedTokenizerBase) -> None:

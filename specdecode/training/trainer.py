@@ -367,11 +367,16 @@ class Collator:
         return batch
 
 
+def trainer_folder(config: TrainingConfig) -> str:
+    """Where transformers keeps its checkpoints."""
+    return str(Path(config.output_dir) / "trainer")
+
+
 def arguments(config: TrainingConfig, log: LoggingConfig) -> TrainingArguments:
     """The configuration as transformers takes it."""
     reports = [name for name, wanted in (("tensorboard", log.use_tensorboard), ("wandb", log.use_wandb)) if wanted]
     return TrainingArguments(
-        output_dir=str(Path(config.output_dir) / "trainer"),
+        output_dir=trainer_folder(config),
         max_steps=config.num_train_steps,
         per_device_train_batch_size=config.per_device_batch_size,
         per_device_eval_batch_size=config.per_device_batch_size,
