@@ -1,7 +1,6 @@
 """Tiny random models and a tokenizer, saved as checkpoints for all tests."""
 
-import serve.cluster  # isort: skip  # before all else that imports Ray
-
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +10,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast
+
+os.environ.setdefault("RAY_AUTH_MODE", "token")  # as serve.cluster does, and before any test imports Ray
 
 VOCAB_SIZE = 61
 

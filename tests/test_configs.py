@@ -6,6 +6,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from jobs.compare_drafts import ComparisonConfig
 from jobs.drills import DrillsConfig
 from jobs.soak import SoakConfig
 from jobs.training_speed import TrainingSpeedConfig
@@ -24,6 +25,7 @@ MODELS: dict[str, type[BaseModel]] = {
     "distill_code.yaml": DraftTrainingConfig,
     "distill_reasoning.yaml": DraftTrainingConfig,
     "tiny/benchmark.yaml": SpeedConfig,
+    "tiny/compare_drafts.yaml": ComparisonConfig,
     "tiny/distill_chat.yaml": DraftTrainingConfig,
     "tiny/distill_chat_start.yaml": DraftTrainingConfig,
     "tiny/distill_code.yaml": DraftTrainingConfig,

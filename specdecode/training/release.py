@@ -69,7 +69,13 @@ def measure(config: ReleaseConfig, runs: dict[str, dict[str, Any]]) -> Acceptanc
             continue
         prompt_sets = {
             "built-in": read_prompts(Path(config.prompts_dir) / f"{domain}.jsonl", formatter)[: config.num_prompts],
-            "held-out": _held_out_prompts(runs[name], formatter, config),
+            "held-out": held_out_prompts(
+                DataConfig(**runs[name]["config"]["data"]),
+                formatter,
+                config.num_prompts,
+                _longest_prompt(runs[name]),
+                config.seed,
+            ),
         }
         for origin, prompts in prompt_sets.items():
             answers = complete(prompts, backend, NoDrafter(), lambda _: SamplingParams(max_tokens=config.max_new_tokens))
@@ -89,16 +95,19 @@ def _prompt(row: dict[str, str]) -> Document:
     return Document(row["prompt"]) if row["format"] == "raw" else Document(messages=(Message("user", row["prompt"]),))
 
 
-def _held_out_prompts(run: dict[str, Any], formatter: Formatter, config: ReleaseConfig) -> list[list[int]]:
-    """Prompts from the documents that the draft's training held out, from each source in proportion to its weight."""
-    data, rng = DataConfig(**run["config"]["data"]), np.random.default_rng(config.seed)
-    max_length = run["config"]["distillation"]["completions"]["max_prompt_length"]
+def held_out_prompts(data: DataConfig, formatter: Formatter, num_prompts: int, max_length: int, seed: int) -> list[list[int]]:
+    """Prompts from the documents that training holds out, from each source in proportion to its weight."""
+    rng = np.random.default_rng(seed)
     prompts: list[list[int]] = []
     for source, weight in data.sources.items():
         held_out = [document for document in load_documents(source, data.data_dir) if is_held_out(document)]
-        share = round(config.num_prompts * weight / sum(data.sources.values()))
+        share = round(num_prompts * weight / sum(data.sources.values()))
         prompts += sample_prompts(held_out, formatter, share, max_length, rng)
     return prompts
+
+
+def _longest_prompt(run: dict[str, Any]) -> int:
+    return int(run["config"]["distillation"]["completions"]["max_prompt_length"])
 
 
 def _read_run(folder: Path) -> dict[str, Any]:
