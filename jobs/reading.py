@@ -74,9 +74,6 @@ def _told(config: DataConfig, tokenizer: str) -> dict[str, Any]:
 
 def _each(rows: ray.data.Dataset) -> Iterator[dict[str, Any]]:
     """Every row, in the order of the data."""
-    context = ray.data.DataContext.get_current()
-    context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
     for batch in rows.iter_batches(batch_size=_BATCH, batch_format="numpy"):
         for values in zip(*batch.values(), strict=True):
             yield dict(zip(batch, values, strict=True))
@@ -84,6 +81,9 @@ def _each(rows: ray.data.Dataset) -> Iterator[dict[str, Any]]:
 
 def _rows(config: DataConfig) -> ray.data.Dataset:
     """Rows as they come: of a data directory with the columns `source` and `document`, of a data set with its own."""
+    context = ray.data.DataContext.get_current()  # of which a data set keeps what it was when it was made
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
     if config.dataset_name is None:
         found = {source: load_documents(source, config.data_dir) for source in config.sources}
         return ray.data.from_items(

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -79,6 +80,7 @@ class Run:
             TrainingError: it failed, and as often again as it may.
         """
         training = self._training
+        os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # for the dashboard's page on training
         self._folder.mkdir(parents=True, exist_ok=True)
         (self._folder / _CONFIG).write_text(json.dumps(self._identity, indent=2) + "\n", encoding="utf-8")
         storage = training.storage_path or str(self._folder)

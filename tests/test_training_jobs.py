@@ -326,6 +326,7 @@ def test_it_runs_as_a_submitted_job_that_the_dashboard_shows(questions: Path, tm
     changes = {
         "data.sources": "{}",
         "data.dataset_name": questions,
+        "data.columns": "{prompt: question, response: answer}",
         "model.draft_model": DRAFT,
         "model.target_model": TARGET,
         "training.output_dir": tmp_path / "submitted",
@@ -347,9 +348,11 @@ def test_it_runs_as_a_submitted_job_that_the_dashboard_shows(questions: Path, tm
     assert "best checkpoint at step 2" in result.stdout
     assert (tmp_path / "submitted" / "best" / "model.safetensors").exists()
     token = Path("~/.ray/auth_token").expanduser().read_text().strip()
-    runs = httpx.get(f"{dashboard}/api/train/v2/runs/v1", headers={"Authorization": f"Bearer {token}"}, timeout=60).json()
+    shown = httpx.get(f"{dashboard}/api/train/v2/runs/v1", headers={"Authorization": f"Bearer {token}"}, timeout=60)
+    assert shown.status_code == 200, shown.text
     assert any(
-        run["status"] == "FINISHED" and run["job_id"] != ray.get_runtime_context().get_job_id() for run in runs["train_runs"]
+        run["status"] == "FINISHED" and run["job_id"] != ray.get_runtime_context().get_job_id()
+        for run in shown.json()["train_runs"]
     )
 
 
