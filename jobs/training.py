@@ -90,6 +90,7 @@ class Run:
                 "config": self._config.model_dump(),
                 "blocks": str(blocks.absolute()),
                 "resume": self._resume,
+                "folder": os.getcwd(),
             },
             torch_config=TorchConfig(backend="nccl" if self._uses_gpu() else "gloo"),
             scaling_config=ScalingConfig(
@@ -137,6 +138,8 @@ def report(told: dict[str, Any], training: TrainingConfig, learn: Callable[..., 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     disable_progress_bar()  # a worker's output is a log
     disable_progress_bars()
+    if Path(told["folder"]).is_dir():  # where the configuration's paths begin; on other nodes it is Ray's working directory
+        os.chdir(told["folder"])
     callbacks = [RayTrainReportCallback()]
     last = ray.train.get_checkpoint()
     if last is not None:

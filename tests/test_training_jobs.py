@@ -357,8 +357,10 @@ def test_it_runs_as_a_submitted_job_that_the_dashboard_shows(questions: Path, tm
 
 
 def test_a_training_that_fails_is_one_line_and_can_go_on(
-    values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    values["training"]["output_dir"] = "draft"  # as users write it: seen from where they are
     values["training"] |= {"num_workers": 1, "max_failures": 0}
     values["distillation"] = {}
     blocked = tmp_path / "draft" / "trainer"  # a file where a folder should be, as good as a full disk
