@@ -90,7 +90,7 @@ class Run:
                 "config": self._config.model_dump(),
                 "blocks": str(blocks.absolute()),
                 "resume": self._resume,
-                "folder": os.getcwd(),
+                "folder": str(Path.cwd()),
             },
             torch_config=TorchConfig(backend="nccl" if self._uses_gpu() else "gloo"),
             scaling_config=ScalingConfig(
