@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import ray
 
 from jobs.command import run_job
+from jobs.reading import keep_order
 from jobs.train_draft import about_teacher, check, make_blocks
 from specdecode.errors import ConfigError
 from specdecode.training.data import TRAINING, VALIDATION
@@ -55,9 +56,7 @@ def cache_teacher(config: DraftTrainingConfig) -> int:
 
 
 def _annotate(plain: Path, annotated: Path, config: DraftTrainingConfig) -> int:
-    context = ray.data.DataContext.get_current()
-    context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
+    keep_order()
     num_gpus = 1 if ray.cluster_resources().get("GPU", 0) > 0 and config.training.device != "cpu" else 0
     rows = ray.data.read_parquet(str(plain.absolute())).map_batches(
         Annotator,

@@ -11,12 +11,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 
 from jobs.command import run_job
 from jobs.reading import read_documents
 from specdecode.embedded import resolve_model
-from specdecode.training.completions import Answerer, Answers, Completion, CompletionJobConfig, sample_all_prompts
+from specdecode.training.checkpoints import load_tokenizer
+from specdecode.training.completions import Answerer, Answers, Completion, CompletionJobConfig
+from specdecode.training.examples import Formatter
+from specdecode.training.prompts import sample_all_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +48,11 @@ def generate_completions(config: CompletionJobConfig, *, held_out: bool = False)
     told: dict[str, Any] = {"completions": {"num_actors", "num_gpus", "batch"}, "output_dir": True}
     answers = Answers(Path(config.output_dir), {**config.model_dump(exclude=told), "held_out": held_out})
     documents = read_documents(config.data)
-    tokenizer = resolve_model(config.target.model)
-    prompts = sample_all_prompts(documents, config.data.weights, tokenizer, settings, held_out=held_out)
+    formatter = Formatter(load_tokenizer(resolve_model(config.target.model)))
+    rng = np.random.default_rng([settings.seed, int(held_out)])
+    prompts = sample_all_prompts(
+        documents, config.data.weights, formatter, settings.num_prompts, settings.max_prompt_length, rng, held_out=held_out
+    )
     parts = [prompts[start : start + settings.part] for start in range(0, len(prompts), settings.part)]
     missing = [number for number in range(len(parts)) if not answers.is_there(number)]
     logger.info("%d prompts to answer, %d of %d parts are there", len(prompts), len(parts) - len(missing), len(parts))

@@ -68,6 +68,13 @@ def read_documents(config: DataConfig) -> dict[str, list[Document]]:
     return found
 
 
+def keep_order() -> None:
+    """Has the data sets that are made from now on keep the order of their rows, and show no progress bars."""
+    context = ray.data.DataContext.get_current()  # of which a data set keeps what it was when it was made
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+
+
 def _told(config: DataConfig, tokenizer: str) -> dict[str, Any]:
     return {"config": config.model_dump(), "tokenizer": tokenizer}
 
@@ -81,9 +88,7 @@ def _each(rows: ray.data.Dataset) -> Iterator[dict[str, Any]]:
 
 def _rows(config: DataConfig) -> ray.data.Dataset:
     """Rows as they come: of a data directory with the columns `source` and `document`, of a data set with its own."""
-    context = ray.data.DataContext.get_current()  # of which a data set keeps what it was when it was made
-    context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
+    keep_order()
     if config.dataset_name is None:
         found = {source: load_documents(source, config.data_dir) for source in config.sources}
         return ray.data.from_items(

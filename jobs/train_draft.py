@@ -4,7 +4,7 @@ Ray Data reads and tokenizes, the target answers prompts where the draft is to l
 that train and starts them again where they are lost. In OUTPUT_DIR are `best/`, a plain Hugging Face folder, and `run.json`.
 """
 
-from serve.cluster import connected  # isort: skip  # before all else that imports Ray
+from jobs.training import Run, is_begun, report  # isort: skip  # before all else that imports Ray
 
 import logging
 import sys
@@ -20,7 +20,6 @@ import pyarrow.parquet as pq
 from jobs.command import run_job
 from jobs.generate_data import generate_completions
 from jobs.reading import read
-from jobs.training import Run, is_begun, report
 from specdecode.backends.backend import ModelConfig
 from specdecode.config import check_config
 from specdecode.embedded import resolve_model
@@ -35,7 +34,6 @@ from specdecode.training.draft import (
 )
 from specdecode.training.examples import Example, end_of_text
 from specdecode.training.packing import cycle, interleave, pack
-from specdecode.training.provenance import write_run
 from specdecode.training.teacher_cache import check_teacher
 from specdecode.training.trainer import TrainingResult
 
@@ -63,11 +61,7 @@ def train_draft(config: DraftTrainingConfig, *, resume: bool = False) -> Trainin
     """
     run = Run(config, config.training, resume=resume)
     check(config)
-    with connected(quiet=False):
-        run.check_devices()
-        result = run.fit(_work, prepare(config))
-    write_run(Path(config.training.output_dir), config, result)
-    return result
+    return run.train(partial(prepare, config), _work)
 
 
 def check(config: DraftTrainingConfig) -> None:

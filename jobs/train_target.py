@@ -1,6 +1,6 @@
 """Trains a target from scratch on Ray: `python -m jobs.train_target --config configs/tiny/pretrain_target.yaml [--resume]`."""
 
-from serve.cluster import connected  # isort: skip  # before all else that imports Ray
+from jobs.training import Run, is_begun, report  # isort: skip  # before all else that imports Ray
 
 import sys
 from functools import partial
@@ -10,12 +10,10 @@ from typing import Any
 
 from jobs.command import run_job
 from jobs.reading import read
-from jobs.training import Run, is_begun, report
 from specdecode.config import check_config
 from specdecode.training.checkpoints import load_tokenizer
 from specdecode.training.data import TRAINING, VALIDATION, training_blocks, validation_blocks, write_blocks
 from specdecode.training.examples import end_of_text
-from specdecode.training.provenance import write_run
 from specdecode.training.target import TargetTrainingConfig, learn_target
 from specdecode.training.trainer import TrainingResult
 
@@ -34,11 +32,7 @@ def train_target(config: TargetTrainingConfig, *, resume: bool = False) -> Train
     run = Run(config, config.training, resume=resume)
     config.logging.check()
     load_tokenizer(config.tokenizer)
-    with connected(quiet=False):
-        run.check_devices()
-        result = run.fit(_work, prepare(config))
-    write_run(Path(config.training.output_dir), config, result)
-    return result
+    return run.train(partial(prepare, config), _work)
 
 
 def prepare(config: TargetTrainingConfig) -> Path:

@@ -1,5 +1,7 @@
 """A run of Ray Train: processes that train, started again where they are lost, and a folder that is one run's alone."""
 
+from serve.cluster import connected  # isort: skip  # before all else that imports Ray
+
 import json
 import logging
 import os
@@ -10,14 +12,15 @@ from typing import Any
 
 import ray
 from datasets import disable_progress_bars
-from pydantic import BaseModel
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.huggingface.transformers import RayTrainReportCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.logging import disable_progress_bar
 
+from specdecode.config import StrictModel
 from specdecode.errors import ConfigError, TrainingError
+from specdecode.training.provenance import write_run
 from specdecode.training.trainer import TrainingConfig, TrainingResult, trainer_folder
 
 _CONFIG, _RESULT = "config.json", "result.json"
@@ -38,7 +41,7 @@ class Run:
         ConfigError: the folder holds a run that is not to be resumed, or none that is to be.
     """
 
-    def __init__(self, config: BaseModel, training: TrainingConfig, *, resume: bool) -> None:
+    def __init__(self, config: StrictModel, training: TrainingConfig, *, resume: bool) -> None:
         self._config = config
         self._training = training
         self._resume = resume
@@ -59,7 +62,24 @@ class Run:
         if json.loads(path.read_text(encoding="utf-8")) != self._identity:
             raise ConfigError(f"--resume: the run in {self._folder} has another configuration: expected that of {path}")
 
-    def check_devices(self) -> None:
+    def train(self, prepare: Callable[[], Path], work: Callable[[dict[str, Any]], None]) -> TrainingResult:
+        """Prepares blocks and has processes do `work` on them; starts a local Ray unless this process is connected to one.
+
+        Args:
+            prepare: makes the blocks and says where they are.
+            work: is told the configuration as `config` and the blocks' folder as `blocks`.
+
+        Raises:
+            ConfigError: the cluster has not what the processes ask for.
+            TrainingError: it failed, and as often again as it may.
+        """
+        with connected(quiet=False):
+            self._check_devices()
+            result = self._fit(work, prepare())
+        write_run(self._folder, self._config, result)
+        return result
+
+    def _check_devices(self) -> None:
         """Raises a `ConfigError` if the cluster has not what the processes ask for."""
         if self._training.parallelism == "fsdp" and not self._uses_gpu():
             raise ConfigError(
@@ -73,12 +93,7 @@ class Run:
                     f"{there.get(name, 0):g}: expected fewer of them, or another device"
                 )
 
-    def fit(self, work: Callable[[dict[str, Any]], None], blocks: Path) -> TrainingResult:
-        """Has processes do `work`, which is told the configuration as `config` and the blocks' folder as `blocks`.
-
-        Raises:
-            TrainingError: it failed, and as often again as it may.
-        """
+    def _fit(self, work: Callable[[dict[str, Any]], None], blocks: Path) -> TrainingResult:
         training = self._training
         os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # for the dashboard's page on training
         self._folder.mkdir(parents=True, exist_ok=True)

@@ -26,8 +26,8 @@ from specdecode.config import StrictModel, check_config
 from specdecode.embedded import resolve_model
 from specdecode.training.checkpoints import load_model, load_tokenizer
 from specdecode.training.data import TRAINING, VALIDATION, read_blocks, write_blocks
-from specdecode.training.divergences import LossConfig
 from specdecode.training.draft import DraftTrainingConfig, learn
+from specdecode.training.losses import LossConfig
 from specdecode.training.packing import Block
 from specdecode.training.reporting import LoggingConfig
 from specdecode.training.trainer import Collator, TrainingConfig, arguments

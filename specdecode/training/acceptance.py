@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from specdecode.training.completions import Completion
-from specdecode.training.divergences import acceptance
+from specdecode.training.losses import acceptance
 
 
 @dataclass(frozen=True)

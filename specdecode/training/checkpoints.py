@@ -1,6 +1,5 @@
 """Models and tokenizers in and out of Hugging Face folders."""
 
-import copy
 import json
 from pathlib import Path
 
@@ -74,9 +73,21 @@ def check_num_layers(shape: PretrainedConfig, num_layers: int) -> None:
         raise ModelError(f"model.num_layers: expected at most the model's {shape.num_hidden_layers}, got {num_layers}")
 
 
-def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes a plain Hugging Face folder with bfloat16 weights; the model in memory keeps its own precision."""
-    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)  # a copy keeps tied weights tied: stored once
+def save_checkpoint(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, state: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Writes a plain Hugging Face folder with bfloat16 weights; the model in memory keeps its own precision.
+
+    Args:
+        model: what to write.
+        tokenizer: goes along.
+        folder: where to.
+        state: the model's weights, where it has only a share of them itself.
+    """
+    copy = AutoModelForCausalLM.from_config(model.config).to(torch.bfloat16)
+    copy.load_state_dict(model.state_dict() if state is None else state)
+    copy.generation_config = model.generation_config
+    copy.save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
 
 

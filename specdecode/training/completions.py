@@ -6,7 +6,6 @@ says, not on what people wrote. Our own engine answers, in parts that are kept: 
 
 import hashlib
 import json
-import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,13 +23,8 @@ from specdecode.decoding.drafters import Drafter, ModelDrafter, NoDrafter
 from specdecode.decoding.engine import Engine, EngineConfig
 from specdecode.decoding.sequence import Route, SamplingParams, Sequence
 from specdecode.errors import ConfigError
-from specdecode.training.checkpoints import load_tokenizer
 from specdecode.training.data import DataConfig
-from specdecode.training.documents import Document, is_held_out
-from specdecode.training.examples import Example, Formatter
-from specdecode.training.prompts import sample_prompts
-
-logger = logging.getLogger(__name__)
+from specdecode.training.examples import Example
 
 _ABOUT = "completions.json"
 
@@ -71,26 +65,6 @@ class Completion:
     def example(self) -> Example:
         """To learn from: the answer."""
         return Example.answer(self.prompt, self.tokens)
-
-
-def sample_all_prompts(
-    documents: dict[str, list[Document]], weights: dict[str, float], tokenizer: str, config: CompletionConfig, *, held_out: bool
-) -> list[list[int]]:
-    """Prompts from each source in proportion to its weight; only of documents that are held out, or only of the others.
-
-    Raises:
-        ConfigError: there are none that are short enough.
-    """
-    formatter = Formatter(load_tokenizer(tokenizer))
-    rng = np.random.default_rng([config.seed, int(held_out)])
-    prompts: list[list[int]] = []
-    for source, weight in weights.items():
-        chosen = [document for document in documents[source] if is_held_out(document) == held_out]
-        share = round(config.num_prompts * weight / sum(weights.values()))
-        prompts += sample_prompts(chosen, formatter, share, config.max_prompt_length, rng)
-    if not prompts:
-        raise ConfigError(f"data: expected prompts of at most {config.max_prompt_length} tokens, found none")
-    return prompts
 
 
 class Answers:

@@ -19,8 +19,8 @@ from specdecode.errors import ConfigError, ModelError
 from specdecode.training.checkpoints import check_num_layers, keep_first_layers, load_model, load_shape, load_tokenizer
 from specdecode.training.completions import CompletionConfig
 from specdecode.training.data import TRAINING, VALIDATION, DataConfig, read_blocks
-from specdecode.training.divergences import LossConfig
 from specdecode.training.examples import Example, end_of_text
+from specdecode.training.losses import LossConfig
 from specdecode.training.packing import pack
 from specdecode.training.reporting import LoggingConfig
 from specdecode.training.trainer import DraftTrainer, TrainingConfig, TrainingResult
@@ -110,12 +110,11 @@ def learn(
         read_blocks(blocks / VALIDATION),
         config.training,
         config.logging,
-        vocab_size=shared_vocabulary(config.model),
+        vocab_size=shared_vocabulary(config.model) if cache else None,
         speak=speaker(blocks / PROMPTS, tokenizer, config) if share else None,
         own_share=share,
+        callbacks=callbacks,
     )
-    for callback in callbacks or []:
-        trainer.add_callback(callback)
     return trainer.run(checkpoint)
 
 

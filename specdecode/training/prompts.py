@@ -2,15 +2,40 @@
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from specdecode.training.documents import Document
+from specdecode.errors import ConfigError
+from specdecode.training.documents import Document, is_held_out
 from specdecode.training.examples import Formatter
 
 _DEFINITION = re.compile(r"^[ \t]*(?:async def|def|class)\b", re.MULTILINE)
 _MAX_PREFIX_LINES = 16
+
+
+def sample_all_prompts(
+    documents: Mapping[str, Sequence[Document]],
+    weights: Mapping[str, float],
+    formatter: Formatter,
+    num_prompts: int,
+    max_length: int,
+    rng: np.random.Generator,
+    *,
+    held_out: bool,
+) -> list[list[int]]:
+    """Prompts from each source in proportion to its weight; only of documents that are held out, or only of the others.
+
+    Raises:
+        ConfigError: there are none that are short enough.
+    """
+    prompts: list[list[int]] = []
+    for source, weight in weights.items():
+        chosen = [document for document in documents[source] if is_held_out(document) == held_out]
+        prompts += sample_prompts(chosen, formatter, round(num_prompts * weight / sum(weights.values())), max_length, rng)
+    if not prompts:
+        raise ConfigError(f"data: expected prompts of at most {max_length} tokens, found none")
+    return prompts
 
 
 def sample_prompts(

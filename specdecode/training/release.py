@@ -15,10 +15,10 @@ from specdecode.training.acceptance import score
 from specdecode.training.checkpoints import load_model, load_tokenizer, save_checkpoint
 from specdecode.training.completions import complete
 from specdecode.training.data import DataConfig
-from specdecode.training.documents import Document, Message, is_held_out, load_documents
+from specdecode.training.documents import Document, Message, load_documents
 from specdecode.training.examples import Formatter
 from specdecode.training.model_card import AcceptanceTable, describe
-from specdecode.training.prompts import sample_prompts
+from specdecode.training.prompts import sample_all_prompts
 from specdecode.training.trainer import replace_folder
 
 
@@ -96,14 +96,14 @@ def _prompt(row: dict[str, str]) -> Document:
 
 
 def held_out_prompts(data: DataConfig, formatter: Formatter, num_prompts: int, max_length: int, seed: int) -> list[list[int]]:
-    """Prompts from the documents that training holds out, from each source in proportion to its weight."""
+    """Prompts from the documents of a data directory that training holds out.
+
+    Raises:
+        ConfigError: the data are not there, or there are no such prompts.
+    """
+    documents = {source: load_documents(source, data.data_dir) for source in data.sources}
     rng = np.random.default_rng(seed)
-    prompts: list[list[int]] = []
-    for source, weight in data.sources.items():
-        held_out = [document for document in load_documents(source, data.data_dir) if is_held_out(document)]
-        share = round(num_prompts * weight / sum(data.sources.values()))
-        prompts += sample_prompts(held_out, formatter, share, max_length, rng)
-    return prompts
+    return sample_all_prompts(documents, data.sources, formatter, num_prompts, max_length, rng, held_out=True)
 
 
 def _longest_prompt(run: dict[str, Any]) -> int:

@@ -8,7 +8,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from specdecode.config import StrictModel
 from specdecode.training.checkpoints import load_tokenizer
 from specdecode.training.data import TRAINING, VALIDATION, DataConfig, read_blocks
-from specdecode.training.divergences import LossConfig
+from specdecode.training.losses import LossConfig
 from specdecode.training.reporting import LoggingConfig
 from specdecode.training.tokenizer import END_OF_TEXT, END_OF_TURN
 from specdecode.training.trainer import DraftTrainer, TrainingConfig, TrainingResult
@@ -50,9 +50,8 @@ def learn_target(
         read_blocks(blocks / VALIDATION),
         config.training,
         config.logging,
+        callbacks=callbacks,
     )
-    for callback in callbacks or []:
-        trainer.add_callback(callback)
     return trainer.run(checkpoint)
 
 

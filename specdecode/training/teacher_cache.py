@@ -10,7 +10,7 @@ import torch
 from specdecode.embedded import resolve_model
 from specdecode.errors import ConfigError
 from specdecode.training.checkpoints import load_model
-from specdecode.training.divergences import LossConfig, Teacher
+from specdecode.training.losses import LossConfig, Teacher
 from specdecode.training.trainer import scored_places
 
 _ABOUT = "teacher.json"

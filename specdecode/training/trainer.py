@@ -4,6 +4,7 @@ What is ours is the loss, which listens to a teacher, and what validation says: 
 """
 
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -18,12 +19,12 @@ from datasets import Dataset
 from pydantic import Field
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from specdecode.config import StrictModel
 from specdecode.training.acceptance import expected_length
-from specdecode.training.checkpoints import save_tokenizer
-from specdecode.training.divergences import LossConfig, Teacher, acceptance, agreement, draft_loss
+from specdecode.training.checkpoints import save_checkpoint
+from specdecode.training.losses import LossConfig, Teacher, acceptance, agreement, draft_loss
 from specdecode.training.packing import UNSCORED
 from specdecode.training.reporting import LoggingConfig
 
@@ -130,6 +131,7 @@ class DraftTrainer(transformers.Trainer):
         vocab_size: how many tokens both models have, where the blocks hold what the teacher says.
         speak: makes batches of the student's own words, for the steps in `own_share`.
         own_share: how many of the steps, of 1, learn from those.
+        callbacks: are told of what happens.
     """
 
     def __init__(
@@ -146,11 +148,14 @@ class DraftTrainer(transformers.Trainer):
         vocab_size: int | None = None,
         speak: Speak | None = None,
         own_share: float = 0.0,
+        callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         self._objective = Objective(loss)
         student.loss_function = self._objective
         if config.gradient_checkpointing:
-            (getattr(student, "activation_checkpointing_enable", None) or student.gradient_checkpointing_enable)()  # since 5.2x
+            (
+                getattr(student, "activation_checkpointing_enable", None) or student.gradient_checkpointing_enable
+            )()  # the newer name first
         self._loss = loss
         self._teacher = teacher
         self._config = config
@@ -160,6 +165,8 @@ class DraftTrainer(transformers.Trainer):
         self._own_share = own_share
         self._groups = sorted(set(validation["group"]))
         self._logged = (0, time.perf_counter())
+        if log.use_wandb:
+            os.environ.setdefault("WANDB_PROJECT", log.project)  # which is how transformers takes it
         super().__init__(
             model=student,
             args=arguments(config, log),
@@ -167,9 +174,9 @@ class DraftTrainer(transformers.Trainer):
             train_dataset=training,
             eval_dataset=validation,
             compute_metrics=self._figures,
+            callbacks=[ProgressLine(), *(callbacks or [])],
         )
         self.remove_callback(transformers.PrinterCallback)  # we have a line of our own
-        self.add_callback(ProgressLine)
         if teacher is not None:
             _share(teacher) if self.is_fsdp_enabled else teacher.to(self.args.device)
 
@@ -191,7 +198,8 @@ class DraftTrainer(transformers.Trainer):
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **options: Any) -> Any:
         """See `Trainer.compute_loss`; the teacher speaks first."""
         inputs = dict(inputs)
-        self._objective.teacher = self._listen(inputs)
+        # Fine-tuning has no use for what the teacher says; validation always compares.
+        self._objective.teacher = self._listen(inputs) if self._loss.needs_teacher or not model.training else None
         for name in ("group", "teacher_ids", "teacher_log_probs"):
             inputs.pop(name, None)
         return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **options)
@@ -293,7 +301,7 @@ class DraftTrainer(transformers.Trainer):
         if self.is_world_process_zero():
             student = self.accelerator.unwrap_model(self.model_wrapped)
             replace_folder(
-                Path(self._config.output_dir) / "best", lambda folder: write_model(student, state, self._tokenizer, folder)
+                Path(self._config.output_dir) / "best", lambda folder: save_checkpoint(student, self._tokenizer, folder, state)
             )
 
 
@@ -308,15 +316,6 @@ def _runs(values: np.ndarray, is_scored: np.ndarray) -> list[np.ndarray]:
     """The values of each run of scored places."""
     edges = np.flatnonzero(np.diff(np.concatenate([[0], is_scored.astype(np.int8), [0]])))
     return [values[start:end] for start, end in zip(edges[::2], edges[1::2], strict=True)]
-
-
-def write_model(student: PreTrainedModel, state: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes a plain Hugging Face folder with bfloat16 weights; the model in memory keeps its own precision."""
-    copy = AutoModelForCausalLM.from_config(student.config).to(torch.bfloat16)
-    copy.load_state_dict(state)
-    copy.generation_config = student.generation_config
-    copy.save_pretrained(folder)
-    save_tokenizer(tokenizer, folder)
 
 
 def replace_folder(folder: Path, save: Callable[[Path], None]) -> None:

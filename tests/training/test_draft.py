@@ -15,9 +15,10 @@ from specdecode.backends.backend import create_backend
 from specdecode.config import check_config
 from specdecode.errors import ConfigError, ModelError
 from specdecode.training.data import TRAINING, VALIDATION
-from specdecode.training.divergences import LossConfig
 from specdecode.training.draft import PROMPTS, DraftTrainingConfig, learn
+from specdecode.training.losses import LossConfig
 from specdecode.training.teacher_cache import Annotator, check_teacher, note_teacher
+from specdecode.training.trainer import DraftTrainer
 
 
 def config_of(values: dict[str, Any], **changes: Any) -> DraftTrainingConfig:
@@ -77,6 +78,30 @@ def test_what_validation_says_is_what_decoding_does(values: dict[str, Any], bloc
     assert result.validation["acceptance"] == pytest.approx(1, abs=1e-4)
     assert result.validation["agreement"] == pytest.approx(1)
     assert result.validation["accepted_length"] > 4
+
+
+def test_figures_go_to_tensorboard_where_that_is_asked_for(values: dict[str, Any], blocks: Path) -> None:
+    config = config_of(values, logging__use_tensorboard=True)
+    learn(config, blocks)
+    [events] = Path(config.training.output_dir).rglob("events.out.tfevents.*")
+    written = events.read_bytes()
+    for name in (b"train/loss", b"eval/acceptance", b"eval/accepted_length", b"train/tokens_per_second"):
+        assert name in written
+    quiet = config_of(values, training__output_dir=f"{blocks}-2")
+    learn(quiet, blocks)
+    assert not list(Path(quiet.training.output_dir).rglob("events.*"))
+
+
+def test_fine_tuning_asks_its_target_only_in_validation(
+    values: dict[str, Any], blocks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values["distillation"] = {}
+    heard: list[bool] = []
+    listen = DraftTrainer._listen
+    monkeypatch.setattr(DraftTrainer, "_listen", lambda self, inputs: heard.append(self.model.training) or listen(self, inputs))
+    learn(config_of(values), blocks)
+    assert heard
+    assert not any(heard)
 
 
 def test_the_best_checkpoint_loads_at_once(values: dict[str, Any], blocks: Path) -> None:

@@ -17,7 +17,7 @@ from specdecode.decoding.constraints import Scored
 from specdecode.decoding.distributions import Distributions
 from specdecode.decoding.sequence import Draft, Route, SamplingParams, Sequence
 from specdecode.decoding.verification import Block, RejectionVerifier
-from specdecode.training.divergences import (
+from specdecode.training.losses import (
     LossConfig,
     Teacher,
     acceptance,
