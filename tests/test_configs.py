@@ -6,13 +6,13 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from jobs.compare_drafts import ComparisonConfig
 from jobs.drills import DrillsConfig
 from jobs.soak import SoakConfig
 from jobs.training_speed import TrainingSpeedConfig
 from serve.config import ServeConfig
 from specdecode.config import check_config, load_config
 from specdecode.evaluation.speed import SpeedConfig
+from specdecode.training.comparison import ComparisonConfig
 from specdecode.training.draft import DraftTrainingConfig
 from specdecode.training.release import ReleaseConfig
 from specdecode.training.target import TargetTrainingConfig
@@ -26,18 +26,20 @@ MODELS: dict[str, type[BaseModel]] = {
     "distill_reasoning.yaml": DraftTrainingConfig,
     "tiny/benchmark.yaml": SpeedConfig,
     "tiny/compare_drafts.yaml": ComparisonConfig,
+    "tiny/compare_losses.yaml": ComparisonConfig,
     "tiny/distill_chat.yaml": DraftTrainingConfig,
-    "tiny/distill_chat_start.yaml": DraftTrainingConfig,
     "tiny/distill_code.yaml": DraftTrainingConfig,
     "tiny/distill_generic.yaml": DraftTrainingConfig,
     "tiny/distill_reasoning.yaml": DraftTrainingConfig,
     "tiny/drills.yaml": DrillsConfig,
     "tiny/pretrain_target.yaml": TargetTrainingConfig,
+    "tiny/release.yaml": ReleaseConfig,
     "tiny/soak.yaml": SoakConfig,
     "tiny/tokenizer.yaml": TokenizerConfig,
+    "tiny/train_chat.yaml": DraftTrainingConfig,
     "tiny/train_code.yaml": DraftTrainingConfig,
+    "tiny/train_reasoning.yaml": DraftTrainingConfig,
     "tiny/training_speed.yaml": TrainingSpeedConfig,
-    "tiny/train_release.yaml": ReleaseConfig,
     "tiny/verifiers.yaml": SpeedConfig,
     "train_chat.yaml": DraftTrainingConfig,
     "train_code.yaml": DraftTrainingConfig,

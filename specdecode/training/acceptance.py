@@ -1,17 +1,17 @@
-"""A draft, its target and what the target says in; what of a draft's guesses would be accepted out, without decoding.
+"""A draft, its target and texts in; what of a draft's guesses would be accepted out, without decoding.
 
 One pass of both models over an answer tells how every round would have gone: greedily a guess is accepted if it is the target's
 own token, sampled with the chance sum(min(p, q)).
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence as Several
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from specdecode.training.completions import Completion
+from specdecode.training.examples import Example
 from specdecode.training.losses import acceptance
 
 
@@ -38,16 +38,18 @@ class Rounds:
 
 @dataclass(frozen=True)
 class Scores:
-    """How well a draft guesses what a target says.
+    """How well a draft guesses texts and what a target would say in them.
 
     Attributes:
+        loss: the draft's cross-entropy on the texts, in nats per token.
         acceptance: the mean chance that a guess is accepted, sampled at temperature 1.
         accepted_length: the expected tokens of a sampled round, the target's own included.
-        agreement: how often the draft's first choice is what the target said.
-        greedy: what rounds accept where the target's answers are greedy.
+        agreement: how often the draft's first choice is the target's.
+        greedy: what rounds accept if the texts are the target's own, said greedily.
         greedy_length: tokens of such a round, the target's own included.
     """
 
+    loss: float
     acceptance: float
     accepted_length: float
     agreement: float
@@ -56,43 +58,50 @@ class Scores:
 
 
 @torch.inference_mode()
-def score(
-    draft: PreTrainedModel, target: PreTrainedModel, completions: Sequence[Completion], k: int, batch_size: int = 16
-) -> Scores:
-    """Scores a draft on what the target has said, in rounds of `k` drafted tokens."""
-    chances: list[np.ndarray] = []
-    agrees: list[np.ndarray] = []
-    for first in range(0, len(completions), batch_size):
-        chosen = [completion for completion in completions[first : first + batch_size] if completion.tokens]
-        ids, is_answer = _padded(chosen)
-        p, q = (model(input_ids=ids.to(model.device), use_cache=False).logits[:, :-1].cpu() for model in (target, draft))
-        places = is_answer[:, 1:]
-        lengths = [len(completion.tokens) for completion in chosen]
-        chances += [part.numpy() for part in acceptance(p[places], q[places]).split(lengths)]
-        agrees += [part.numpy() for part in (q[places].argmax(-1) == ids[:, 1:][places]).split(lengths)]
-    greedy = sum((count_rounds(row.tolist(), k) for row in agrees), Rounds())
-    num_tokens = sum(map(len, agrees))
+def score(draft: PreTrainedModel, target: PreTrainedModel, texts: Several[Example], k: int, batch_size: int = 16) -> Scores:
+    """Scores a draft on the learned places of texts, in rounds of `k` drafted tokens."""
+    losses, agrees = [], []
+    runs: list[np.ndarray] = []  # the chance of each place, and whether the draft's first choice is what comes there
+    is_right: list[np.ndarray] = []
+    for first in range(0, len(texts), batch_size):
+        ids, is_scored = _padded(texts[first : first + batch_size])
+        places = is_scored[:, 1:]
+        p, q = (model(input_ids=ids.to(model.device), use_cache=False).logits[:, :-1].cpu()[places] for model in (target, draft))
+        said = ids[:, 1:][places]
+        losses.append(torch.nn.functional.cross_entropy(q.float(), said, reduction="none"))
+        agrees.append(p.argmax(-1) == q.argmax(-1))
+        for values, found in ((acceptance(p, q), runs), (q.argmax(-1) == said, is_right)):
+            rows = np.zeros(is_scored.shape, dtype=values.numpy().dtype)
+            rows[is_scored.numpy()] = values.numpy()
+            found += [run for row, scored in zip(rows, is_scored.numpy(), strict=True) for run in split_runs(row, scored)]
+    greedy = sum((count_rounds(row.tolist(), k) for row in is_right), Rounds())
     return Scores(
-        acceptance=float(np.concatenate(chances).mean()),
-        accepted_length=expected_length(chances, k),
-        agreement=float(np.concatenate(agrees).mean()),
+        loss=torch.cat(losses).mean().item(),
+        acceptance=float(np.concatenate(runs).mean()),
+        accepted_length=expected_length(runs, k),
+        agreement=torch.cat(agrees).float().mean().item(),
         greedy=greedy,
-        greedy_length=num_tokens / max(1, greedy.num_rounds),
+        greedy_length=sum(map(len, is_right)) / max(1, greedy.num_rounds),
     )
 
 
-def _padded(completions: Sequence[Completion]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids [batch, length], filled up on the right, and which of them are answers."""
-    rows = [completion.prompt + completion.tokens for completion in completions]
-    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-    is_answer = torch.zeros_like(ids, dtype=torch.bool)
-    for number, (row, completion) in enumerate(zip(rows, completions, strict=True)):
-        ids[number, : len(row)] = torch.tensor(row)
-        is_answer[number, max(1, len(completion.prompt)) : len(row)] = True
-    return ids, is_answer
+def _padded(texts: Several[Example]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids [batch, length], filled up on the right, and which of them are scored."""
+    ids = torch.zeros(len(texts), max(len(text.ids) for text in texts), dtype=torch.long)
+    is_scored = torch.zeros_like(ids, dtype=torch.bool)
+    for number, text in enumerate(texts):
+        ids[number, : len(text.ids)] = torch.from_numpy(text.ids)
+        is_scored[number, : len(text.ids)] = torch.from_numpy(text.is_scored)
+    return ids, is_scored
 
 
-def count_rounds(agrees: Sequence[bool], k: int) -> Rounds:
+def split_runs(values: np.ndarray, is_scored: np.ndarray) -> list[np.ndarray]:
+    """The values of each run of scored places, of a row [length]."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], is_scored.astype(np.int8), [0]])))
+    return [values[start:end] for start, end in zip(edges[::2], edges[1::2], strict=True)]
+
+
+def count_rounds(agrees: Several[bool], k: int) -> Rounds:
     """What rounds of `k` drafted tokens accept, if `agrees[i]` says whether the draft guesses the i-th token right.
 
     A round accepts up to the first wrong guess and adds one token of the target's own. Guesses beyond the end count for
@@ -107,7 +116,7 @@ def count_rounds(agrees: Sequence[bool], k: int) -> Rounds:
     return total
 
 
-def expected_length(runs: Sequence[np.ndarray], k: int) -> float:
+def expected_length(runs: Several[np.ndarray], k: int) -> float:
     """Tokens of a round of `k` drafted ones, the target's own included, on texts whose places accept with these chances.
 
     A round that stands at place i is expected to give L(i) = 1 + sum over j <= k of the product of the chances of the j places

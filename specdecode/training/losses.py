@@ -197,8 +197,8 @@ def total_variation(log_p: Tensor, log_q: Tensor) -> Tensor:
     return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(dim=-1)
 
 
-def draft_loss(q_logits: Tensor, labels: Tensor, teacher: Teacher | None, config: LossConfig) -> Tensor:
-    """The sum over positions of the weighted parts of the loss; to be divided by their number, perhaps of several batches.
+def draft_losses(q_logits: Tensor, labels: Tensor, teacher: Teacher | None, config: LossConfig) -> Tensor:
+    """The loss at each position, the weighted sum of its parts, [n]; to be added up, and divided by all positions of a step.
 
     The divergence is taken at the temperature T and multiplied by T^2: its gradient with respect to the logits shrinks with
     1 / T^2 (Hinton et al. 2015, arXiv 1503.02531, section 2). The cross-entropies are those of the draft at temperature 1.
@@ -218,19 +218,13 @@ def draft_loss(q_logits: Tensor, labels: Tensor, teacher: Teacher | None, config
     if config.top_k is not None and config.needs_teacher:
         teacher = teacher.restricted(config.top_k, config.temperature, config.chunk_size)
     assert len(q_logits) == len(labels) == len(teacher)
-    size, total = config.chunk_size, q_logits.new_zeros((), dtype=_precise(q_logits))
-    for chunk in zip(q_logits.split(size), labels.split(size), teacher.split(size), strict=True):
-        total = total + checkpoint(_summed, *chunk, config, use_reentrant=False, preserve_rng_state=False)
-    return total
-
-
-def next_token_loss_sum(q_logits: Tensor, labels: Tensor, chunk_size: int = 1024) -> Tensor:
-    """The sum over positions of the cross-entropy, in nats, at the text's own next token.
-
-    Shapes: q_logits [n, vocab]; labels [n].
-    """
-    config = LossConfig(divergence_weight=0, cross_entropy_weight=1, chunk_size=chunk_size)
-    return draft_loss(q_logits, labels, None, config)
+    size = config.chunk_size
+    return torch.cat(
+        [
+            checkpoint(_losses, *chunk, config, use_reentrant=False, preserve_rng_state=False)
+            for chunk in zip(q_logits.split(size), labels.split(size), teacher.split(size), strict=True)
+        ]
+    )
 
 
 @torch.no_grad()
@@ -299,17 +293,17 @@ def _log_rest(log_probs: Tensor) -> Tensor:
     return torch.log1p(-total.clamp(max=1 - torch.finfo(total.dtype).eps))
 
 
-def _summed(q_logits: Tensor, labels: Tensor, teacher: Teacher, config: LossConfig) -> Tensor:
-    """The loss of a few positions; see `draft_loss`."""
+def _losses(q_logits: Tensor, labels: Tensor, teacher: Teacher, config: LossConfig) -> Tensor:
+    """The loss at each of a few positions; see `draft_losses`."""
     log_q = log_softmax(q_logits[:, : teacher.vocab_size])
-    loss = log_q.new_zeros(())
+    loss = log_q.new_zeros(len(log_q))
     if config.divergence_weight > 0:
         pair = teacher.beside(_tempered(log_q, config.temperature), config.temperature)
-        loss = loss + config.divergence_weight * config.temperature**2 * _divergence(*pair, config).sum()
+        loss = loss + config.divergence_weight * config.temperature**2 * _divergence(*pair, config)
     if config.greedy_weight > 0:
-        loss = loss + config.greedy_weight * F.nll_loss(log_q, teacher.first_choice, reduction="sum")
+        loss = loss + config.greedy_weight * F.nll_loss(log_q, teacher.first_choice, reduction="none")
     if config.cross_entropy_weight > 0:
-        loss = loss + config.cross_entropy_weight * F.nll_loss(log_q, labels, reduction="sum")
+        loss = loss + config.cross_entropy_weight * F.nll_loss(log_q, labels, reduction="none")
     return loss
 
 

@@ -1,12 +1,15 @@
-"""What a run did and reached in, the text of a model card out."""
+"""What a run did and reached in, a model card in Hugging Face's format out; its text is in `model_card_template.md`."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from specdecode.training.acceptance import Scores
+from huggingface_hub import ModelCard, ModelCardData
 
-# Where the documents of each source come from, and under which licence they are.
+_TEMPLATE = Path(__file__).with_name("model_card_template.md")
+_FIGURES = ("loss", "acceptance", "accepted_length", "agreement")
+
+# Where the documents of each source of a data directory come from, and under which licence they are.
 _ORIGINS = {
     "standard_library": ("Python standard library of the training interpreter, without tests", "PSF-2.0"),
     "mbpp": ("MBPP, ids outside its test split (google-research)", "CC BY 4.0"),
@@ -23,130 +26,117 @@ _ORIGINS = {
 }
 
 
-@dataclass(frozen=True)
-class AcceptanceTable:
-    """What is accepted at `k` drafted tokens a round, by (prompts, draft, domain); tokens of an answer by (prompts, domain)."""
+def model_card(
+    name: str,
+    run: dict[str, Any],
+    *,
+    licence: str | None = None,
+    about: str = "",
+    recipe: str | None = None,
+    comparison: str = "",
+) -> str:
+    """The card of a model.
 
-    k: int
-    max_new_tokens: int
-    scores: dict[tuple[str, str, str], Scores]
-    mean_lengths: dict[tuple[str, str], float]
-
-    def as_markdown(self) -> str:
-        """One row per prompt set and draft, one column per domain: accepted of drafted tokens, and tokens of a round."""
-        domains = list(dict.fromkeys(domain for _, _, domain in self.scores))
-        rows = [["prompts", "draft", *domains], ["---"] * (2 + len(domains))]
-        for origin, draft in dict.fromkeys((origin, draft) for origin, draft, _ in self.scores):
-            found = [self.scores[origin, draft, domain] for domain in domains]
-            rows.append([origin, draft, *(f"{scores.greedy.rate:.2f} / {scores.greedy_length:.2f}" for scores in found)])
-        for origin in dict.fromkeys(origin for origin, _ in self.mean_lengths):
-            lengths = (f"{self.mean_lengths[origin, domain]:.0f}" for domain in domains)
-            rows.append([origin, "tokens per answer", *lengths])
-        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def describe(name: str, run: dict[str, Any], table: AcceptanceTable) -> str:
-    """The model card of one model of the family, as Markdown with Hugging Face's metadata on top."""
-    is_draft = "distillation" in run["config"]
-    result = run["result"]
-    figures = ", ".join(f"{key} {value:.3f}" for key, value in result["validation"].items())
-    return f"""---
-license: mit
-library_name: transformers
-pipeline_tag: text-generation
-language: en
----
-
-# {name}
-
-{_introduction(run, is_draft)}
-
-It is part of SpecDecode's embedded family: one target and four drafts with one tokenizer (byte-level BPE, 4,096 tokens),
-small enough to ship with the package, so that everything can be tried, tested and measured without a GPU or a model hub.
-The models produce text that looks like their training data; they know nothing and must not be used to answer questions.
-
-## Training
-
-{_recipe(name, run, is_draft)}
-
-| | |
-|---|---|
-| steps | {result["num_steps"]:,} (best checkpoint at {result["best_step"]:,}) |
-| tokens | {result["num_tokens"]:,} |
-| time | {result["time_s"] / 60:.0f} minutes on a two-core CPU machine that had other work too |
-| validation (losses in nats per token) | {figures} |
-| weights | bfloat16, input and output embeddings tied |
-| versions | {", ".join(f"{package} {version}" for package, version in run["versions"].items())} |
-
-## Data
-
-About 2% of the documents are held out by a hash of their content. No evaluation data set was read.
-
-| source | share | licence |
-|---|---|---|
-{_data_rows(run)}
-
-## Greedy acceptance
-
-Accepted tokens per drafted token, and tokens of a round with the target's own, in rounds of {table.k}, on the target's own
-greedy answers of up to {table.max_new_tokens} tokens, for the prompts in `specdecode/evaluation/prompts` and for prompts from
-held-out documents. Guesses past an answer's end are not counted. The small target's greedy text often falls into loops, above
-all in code and mathematics; loops are easy to guess, so expect less from a larger target.
-
-{table.as_markdown()}
-
-## Licence
-
-The weights are under the MIT licence. The texts stay under the licences of the table above and are not part of this
-folder.
-"""
+    Args:
+        name: the model's.
+        run: what run.json says of its training, see `provenance.write_run`.
+        licence: of the weights, as Hugging Face's metadata name it.
+        about: a paragraph more.
+        recipe: the command that trained it.
+        comparison: what it was compared with, as Markdown.
+    """
+    config = run["config"]
+    metadata = ModelCardData(
+        license=licence,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        base_model=_public(config.get("model", {}).get("draft_model")),
+        datasets=_public(config["data"]["dataset_name"]),
+        tags=["speculative-decoding"],
+    )
+    card = ModelCard.from_template(
+        metadata,
+        template_path=str(_TEMPLATE),
+        name=name,
+        introduction=_introduction(config),
+        about=about,
+        recipe=_recipe(config, recipe),
+        result=run["result"],
+        training=config["training"],
+        versions=", ".join(f"{package} {version}" for package, version in run["versions"].items()),
+        validation=_validation(run["result"]["validation"]),
+        data=_data(config["data"]),
+        comparison=comparison,
+    )
+    return card.content.rstrip() + "\n"
 
 
-def _introduction(run: dict[str, Any], is_draft: bool) -> str:
-    if not is_draft:
-        shape = run["config"]["architecture"]
+def _public(name: str | None) -> str | None:
+    """A name that others can look up: none of a local file."""
+    return None if name is None or name.startswith(("tiny/", "checkpoints/", "/", ".")) or Path(name).exists() else name
+
+
+def _introduction(config: dict[str, Any]) -> str:
+    if "architecture" in config:
+        shape = config["architecture"]
         return (
-            f"A Llama model with {shape['num_layers']} layers of width {shape['hidden_size']}, trained from scratch on code,\n"
-            "chat and grade-school mathematics. It is the target: the model whose output speculative decoding keeps."
+            f"A Llama model with {shape['num_layers']} layers of width {shape['hidden_size']}, trained from scratch. It is a "
+            "target: the model whose output speculative decoding keeps."
         )
-    domain = run["config"]["data"]["domain"]
-    field = "all domains" if domain == "generic" else f"the domain `{domain}`"
+    domain, target = config["data"]["domain"], config["model"]["target_model"]
     return (
-        f"A Llama model with one layer, distilled from the family's target for {field}. It is a draft: it guesses the next\n"
-        "few tokens, and the target checks them."
+        f"A draft for {f'`{target}`' if target else 'larger models with its tokenizer'}"
+        f"{'' if domain == 'generic' else f', for the domain `{domain}`'}: it guesses the next few tokens, and the target checks "
+        "them in one forward pass. What is said, and how likely, stays the target's; the better the guesses, the sooner it comes."
     )
 
 
-def _recipe(name: str, run: dict[str, Any], is_draft: bool) -> str:
-    if not is_draft:
-        return "`python -m jobs.train_target --config configs/tiny/pretrain_target.yaml`"
-    distillation = run["config"]["distillation"]
-    recipe = f"distill_{name.removeprefix('draft-')}.yaml"
-    completions = distillation["completions"]
-    sampled, text = f"{completions['sampled_share']:.0%}", f"{1 - distillation['target_share']:.0%}"
-    return f"""`python -m jobs.train_draft --config configs/tiny/{recipe}`
-
-{_origin(run)} It learns the target's next-token distribution ({distillation["loss"]["divergence"].replace("_", " ")})
-on the target's own answers to {completions["num_prompts"]:,} training prompts, {sampled} of them sampled at temperature
-{completions["temperature"]} and the others greedy, and in {text} of the blocks on the domain's text."""
-
-
-def _origin(run: dict[str, Any]) -> str:
-    """What the draft's weights were before: the target's first layers, or what an earlier stage trained."""
-    start = run.get("start", {})
-    if "distillation" not in start.get("config", {}):
-        return f"The draft starts from the first layer of `{run['config']['model']['draft_model']}`."
-    result, recipe = start["result"], Path(start["config"]["training"]["output_dir"]).name.removeprefix("draft-")
+def _recipe(config: dict[str, Any], command: str | None) -> str:
+    how = f"`{command}`" if command else "`run.json` in this folder holds the whole configuration."
+    if "architecture" in config:
+        return f"{how}\n\nIt learned all of its texts, every turn of the conversations among them."
+    model, distillation = config["model"], config["distillation"]
+    start = f"`{model['draft_model']}`"
+    if model["num_layers"]:
+        start = f"the first {model['num_layers']} layer(s) of {start}"
+    if not distillation["enabled"]:
+        return f"{how}\n\nIt began as {start} and was fine-tuned on the data's own text."
+    answers = distillation["completions"]
     return (
-        f"The draft starts from what `distill_{recipe.replace('-', '_')}.yaml` made of the target's first layer in\n"
-        f"{result['num_steps']:,} steps and {result['num_tokens']:,} tokens, and goes on with the same data."
+        f"{how}\n\nIt began as {start} and learned what its target says of each next token ({_loss(distillation['loss'])}). Of the "
+        f"blocks, {distillation['target_share']:.0%} were the target's own answers to {answers['num_prompts']:,} prompts of the data, "
+        f"{answers['sampled_share']:.0%} of them sampled at temperature {answers['temperature']:g} and the others greedy; the other "
+        f"blocks were the data's own text. In {distillation['student_share']:.0%} of the steps it learned from what it said itself."
     )
 
 
-def _data_rows(run: dict[str, Any]) -> str:
-    data = run["config"]["data"]
-    weights = data["sources"]
-    total = sum(weights.values())
-    return "\n".join(
-        f"| {_ORIGINS[source][0]} | {weight / total:.0%} | {_ORIGINS[source][1]} |" for source, weight in weights.items()
-    )
+def _loss(loss: dict[str, Any]) -> str:
+    parts = [
+        f"{loss['divergence_weight']:g} x {loss['divergence'].replace('_', ' ')}",
+        f"{loss['greedy_weight']:g} x the surprise at its first choice" if loss["greedy_weight"] else "",
+        f"{loss['cross_entropy_weight']:g} x that at the text" if loss["cross_entropy_weight"] else "",
+    ]
+    likeliest = f", of its {loss['top_k']} likeliest tokens" if loss["top_k"] else ""
+    return f"{' + '.join(filter(None, parts))}, at temperature {loss['temperature']:g}{likeliest}"
+
+
+def _validation(figures: dict[str, float]) -> str:
+    """A row for all blocks and for each group of them: figures are called GROUP_FIGURE, or FIGURE of all."""
+    names = [name for name in _FIGURES if name in figures]
+    groups = ["", *(key.removesuffix("loss") for key in figures if key.endswith("_loss"))]
+    rows = [[group.rstrip("_") or "all", *(f"{figures[group + name]:.3f}" for name in names)] for group in groups]
+    return _table(["", *names], rows)
+
+
+def _data(data: dict[str, Any]) -> str:
+    if data["dataset_name"] is not None:
+        return f"`{data['dataset_name']}`, its split `{data['dataset_split']}`."
+    total = sum(data["sources"].values())
+    rows = [
+        [_ORIGINS[source][0], f"{weight / total:.0%}", _ORIGINS[source][1]] for source, weight in data["sources"].items()
+    ]
+    return _table(["source", "share", "licence"], rows)
+
+
+def _table(header: list[str], rows: Iterable[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])

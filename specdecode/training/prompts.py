@@ -30,12 +30,17 @@ def sample_all_prompts(
         ConfigError: there are none that are short enough.
     """
     prompts: list[list[int]] = []
-    for source, weight in weights.items():
+    for source, count in share_out(num_prompts, weights).items():
         chosen = [document for document in documents[source] if is_held_out(document) == held_out]
-        prompts += sample_prompts(chosen, formatter, round(num_prompts * weight / sum(weights.values())), max_length, rng)
+        prompts += sample_prompts(chosen, formatter, count, max_length, rng)
     if not prompts:
         raise ConfigError(f"data: expected prompts of at most {max_length} tokens, found none")
     return prompts
+
+
+def share_out(count: int, weights: Mapping[str, float]) -> dict[str, int]:
+    """How many of `count` fall to each source, in proportion to its weight, rounded."""
+    return {source: round(count * weight / sum(weights.values())) for source, weight in weights.items()}
 
 
 def sample_prompts(

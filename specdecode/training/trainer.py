@@ -22,9 +22,9 @@ from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from specdecode.config import StrictModel
-from specdecode.training.acceptance import expected_length
+from specdecode.training.acceptance import expected_length, split_runs
 from specdecode.training.checkpoints import save_checkpoint
-from specdecode.training.losses import LossConfig, Teacher, acceptance, agreement, draft_loss
+from specdecode.training.losses import LossConfig, Teacher, acceptance, agreement, draft_losses
 from specdecode.training.packing import UNSCORED
 from specdecode.training.reporting import LoggingConfig
 
@@ -107,7 +107,7 @@ class Objective:
     ) -> Tensor:
         """The sum over scored places, divided by how many the whole step has on all workers; by those of the batch if None."""
         is_scored = scored_places(labels)
-        total = draft_loss(logits[:, :-1][is_scored], labels[:, 1:][is_scored], self.teacher, self._config)
+        total = draft_losses(logits[:, :-1][is_scored], labels[:, 1:][is_scored], self.teacher, self._config).sum()
         count = is_scored.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return total / count
 
@@ -221,18 +221,19 @@ class DraftTrainer(transformers.Trainer):
     ) -> tuple[None, tuple[Tensor, Tensor], Tensor]:
         """See `Trainer.prediction_step`; instead of logits, figures of each place, [batch, length, 3], and groups.
 
-        The figures are the mean loss of the batch, the chance to be accepted, and whether the first choice is the teacher's. A
-        loss of its own would be averaged over batches, whose scored places are more or fewer.
+        The figures are the loss, the chance to be accepted, and whether the first choice is the teacher's. transformers' own
+        loss would be averaged over batches, whose scored places are more or fewer, and of several groups.
         """
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+            _, outputs = self.compute_loss(model, inputs, return_outputs=True)
         labels = inputs["labels"]
         figures = torch.full((*labels.shape, 3), torch.nan, device=labels.device)
         teacher, is_scored = self._objective.teacher, scored_places(labels)
-        figures[..., 0] = loss.detach()
+        q_logits = outputs["logits"][:, :-1][is_scored]
+        with torch.no_grad():
+            figures[:, 1:, 0][is_scored] = draft_losses(q_logits, labels[:, 1:][is_scored], teacher, self._loss).float()
         if teacher is not None:
-            q_logits = outputs["logits"][:, :-1][is_scored]
             temperature = self._loss.temperature if teacher.is_sparse else 1.0
             both = torch.stack(
                 [acceptance(teacher, q_logits, temperature).float(), agreement(teacher, q_logits).float()], dim=-1
@@ -288,7 +289,7 @@ class DraftTrainer(transformers.Trainer):
         loss = {"loss": float(figures[is_scored, 0].mean())}
         if np.isnan(figures[is_scored, 1]).any():  # nobody to be accepted by
             return loss
-        runs = [run for row, scored in zip(figures[..., 1], is_scored, strict=True) for run in _runs(row, scored)]
+        runs = [run for row, scored in zip(figures[..., 1], is_scored, strict=True) for run in split_runs(row, scored)]
         return loss | {
             "acceptance": float(figures[is_scored, 1].mean()),
             "accepted_length": expected_length(runs, self._config.K),
@@ -310,12 +311,6 @@ def _share(model: PreTrainedModel) -> None:
     for layer in model.get_decoder().layers:
         fully_shard(layer)
     fully_shard(model)
-
-
-def _runs(values: np.ndarray, is_scored: np.ndarray) -> list[np.ndarray]:
-    """The values of each run of scored places."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], is_scored.astype(np.int8), [0]])))
-    return [values[start:end] for start, end in zip(edges[::2], edges[1::2], strict=True)]
 
 
 def replace_folder(folder: Path, save: Callable[[Path], None]) -> None:

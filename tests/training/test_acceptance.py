@@ -13,7 +13,7 @@ from specdecode.decoding.sequence import SamplingParams
 from specdecode.training.acceptance import Rounds, count_rounds, expected_length, score
 from specdecode.training.completions import complete
 from specdecode.training.documents import Document
-from specdecode.training.examples import Formatter
+from specdecode.training.examples import Example, Formatter
 
 
 def test_a_round_ends_at_the_first_wrong_guess_and_adds_one_token() -> None:
@@ -51,7 +51,7 @@ def test_a_model_accepts_all_of_its_own_guesses(model_folder: str, tokenizer: Pr
     formatter, backend = Formatter(tokenizer), create_backend(model_folder)
     prompts = [formatter.prompt(Document(text)) for text in ("How many", "There are 3 apples and", "2 + 2 =")]
     answers = complete(prompts, backend, NoDrafter(), lambda _: SamplingParams(max_tokens=12), batch=2)
-    scores = score(backend.model, backend.model, answers, k=4, batch_size=2)
+    scores = score(backend.model, backend.model, [answer.example() for answer in answers], k=4, batch_size=2)
 
     assert scores.greedy.rate == scores.agreement == 1
     assert scores.acceptance == pytest.approx(1)
@@ -71,7 +71,18 @@ def test_another_model_accepts_as_much_as_its_own_distribution_says(
         ids = torch.tensor([answer.prompt + answer.tokens])
         p, q = (m(input_ids=ids).logits[0, len(answer.prompt) - 1 : -1].softmax(-1) for m in (backend.model, draft))
     chances = torch.minimum(p, q).sum(-1)
-    scores = score(draft, backend.model, [answer], k=3)
+    scores = score(draft, backend.model, [answer.example()], k=3)
 
     assert scores.acceptance == pytest.approx(chances.mean().item(), rel=1e-4)
     assert scores.accepted_length == pytest.approx(expected_length([chances.numpy()], 3), rel=1e-4)
+    assert scores.agreement == pytest.approx((p.argmax(-1) == q.argmax(-1)).float().mean().item())
+    assert scores.loss == pytest.approx(-q.log()[range(9), answer.tokens].mean().item(), rel=1e-4)
+
+
+def test_what_is_only_read_between_two_answers_ends_a_round(model: LlamaForCausalLM) -> None:
+    draft = model.eval()
+    ids = [5, 6, 7, 8, 9, 10, 11, 12]
+    split = Example.of(ids, [False, True, True, False, True, True, True, False])
+    apart = [Example.of(ids[:3], [False, True, True]), Example.of(ids[:7], [False] * 4 + [True] * 3)]
+
+    assert score(draft, draft, [split], k=2) == score(draft, draft, apart, k=2)

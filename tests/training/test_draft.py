@@ -14,9 +14,11 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from specdecode.backends.backend import create_backend
 from specdecode.config import check_config
 from specdecode.errors import ConfigError, ModelError
-from specdecode.training.data import TRAINING, VALIDATION
+from specdecode.training.data import TRAINING, VALIDATION, validation_blocks, write_blocks
 from specdecode.training.draft import PROMPTS, DraftTrainingConfig, learn
+from specdecode.training.examples import Example
 from specdecode.training.losses import LossConfig
+from specdecode.training.packing import Block
 from specdecode.training.teacher_cache import Annotator, check_teacher, note_teacher
 from specdecode.training.trainer import DraftTrainer
 
@@ -78,6 +80,27 @@ def test_what_validation_says_is_what_decoding_does(values: dict[str, Any], bloc
     assert result.validation["acceptance"] == pytest.approx(1, abs=1e-4)
     assert result.validation["agreement"] == pytest.approx(1)
     assert result.validation["accepted_length"] > 4
+
+
+def test_a_group_has_its_own_figures_though_a_batch_holds_several(
+    values: dict[str, Any], examples: list[Example], blocks: Path
+) -> None:
+    found = validation_blocks({"": examples[:20]}, 8, 32, 0, 0)[""]
+    groups = {"a": found[:3], "b": found[3:8]}  # of 4 in a batch
+
+    def validate(shown: dict[str, list[Block]]) -> dict[str, float]:
+        folder = blocks / "-".join(shown)
+        write_blocks(folder / VALIDATION, shown.items())
+        (folder / TRAINING).symlink_to(blocks / TRAINING)
+        config = config_of(
+            values, training__learning_rate=1e-12, training__num_train_steps=1, training__output_dir=str(folder / "draft")
+        )
+        return learn(config, folder).validation
+
+    together = validate(groups)
+    for name, shown in groups.items():
+        for figure, value in validate({name: shown}).items():
+            assert together[f"{name}_{figure}"] == pytest.approx(value, rel=1e-5)
 
 
 def test_figures_go_to_tensorboard_where_that_is_asked_for(values: dict[str, Any], blocks: Path) -> None:

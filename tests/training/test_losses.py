@@ -22,11 +22,10 @@ from specdecode.training.losses import (
     Teacher,
     acceptance,
     agreement,
-    draft_loss,
+    draft_losses,
     forward_kl,
     jensen_shannon,
     log_softmax,
-    next_token_loss_sum,
     reverse_kl,
     total_variation,
 )
@@ -65,6 +64,10 @@ def value_and_gradient(q_logits: Tensor, labels: Tensor, teacher: Teacher | None
     return loss.detach(), gradient
 
 
+def draft_loss(*args: Any) -> Tensor:
+    return draft_losses(*args).sum()
+
+
 def assert_same(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], tolerance: float = 1e-11) -> None:
     for left, right in zip(one, other, strict=True):
         torch.testing.assert_close(left, right, rtol=tolerance, atol=tolerance)
@@ -94,11 +97,12 @@ def slow_divergence(name: str, p: list[float], q: list[float], beta: float) -> f
 def test_a_divergence_equals_a_loop_over_tokens(name: str, temperature: float) -> None:
     p_logits, q_logits = logits(), logits()
     rows = zip(p_logits.tolist(), q_logits.tolist(), strict=True)
-    slow = sum(slow_divergence(name, softmax(p, temperature), softmax(q, temperature), 0.3) for p, q in rows)
+    slow = [temperature**2 * slow_divergence(name, softmax(p, temperature), softmax(q, temperature), 0.3) for p, q in rows]
 
-    loss = draft_loss(q_logits, labels(), Teacher.dense(p_logits), config(divergence=name, beta=0.3, temperature=temperature))
+    settings = config(divergence=name, beta=0.3, temperature=temperature, chunk_size=3)
+    losses = draft_losses(q_logits, labels(), Teacher.dense(p_logits), settings)
 
-    assert loss.item() == pytest.approx(temperature**2 * slow, rel=1e-12)
+    assert losses.tolist() == pytest.approx(slow, rel=1e-12)
 
 
 def test_the_parts_of_the_loss_add_up_by_their_weights() -> None:
@@ -119,7 +123,8 @@ def test_the_loss_of_text_alone_needs_no_teacher() -> None:
     q_logits, text = logits(), labels()
     slow = -sum(math.log(softmax(row, 1.0)[label]) for row, label in zip(q_logits.tolist(), text.tolist(), strict=True))
 
-    assert next_token_loss_sum(q_logits, text, chunk_size=3).item() == pytest.approx(slow, rel=1e-12)
+    loss = draft_loss(q_logits, text, None, config(divergence_weight=0.0, cross_entropy_weight=1.0))
+    assert loss.item() == pytest.approx(slow, rel=1e-12)
     with pytest.raises(ValueError, match="teacher: expected one"):
         draft_loss(q_logits, text, None, config(divergence_weight=0.0, cross_entropy_weight=1.0, greedy_weight=0.1))
 
