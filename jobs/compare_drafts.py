@@ -1,4 +1,4 @@
-"""Compares drafts of one target, domain by domain: `python -m jobs.compare_drafts --config configs/tiny/compare_drafts.yaml`."""
+"""Compares drafts of one target by domain: `python -m jobs.compare_drafts --config configs/tiny/compare_drafts.yaml`."""
 
 import sys
 from collections.abc import Iterable

@@ -141,6 +141,14 @@ def _parser() -> argparse.ArgumentParser:
     http.add_argument("--config", help="a YAML file")
     http.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as concurrency=[1,8]")
 
+    push = commands.add_parser("push", help="upload a model's folder to the Hugging Face Hub")
+    push.set_defaults(run=_push)
+    push.add_argument("folder", help="such as checkpoints/draft-code/best")
+    push.add_argument("name", help="the repository, such as me/draft-code; made if there is none")
+    push.add_argument("--private", action="store_true", help="make a repository that only its owner sees")
+    push.add_argument("--revision", metavar="BRANCH", help="a branch that is there, instead of main")
+    push.add_argument("--message", metavar="TEXT", help="of the commit")
+
     serve = commands.add_parser("serve", help="deploy on Ray Serve, and stay up until Ctrl-C")
     serve.set_defaults(run=_serve)
     serve.add_argument("--config", required=True, help="a Serve config file, such as configs/tiny/serve.yaml")
@@ -287,6 +295,12 @@ def _print_tables(*tables: "Table") -> None:
     console = Console(width=120 if not sys.stdout.isatty() else None)
     for table in tables:
         console.print(table)
+
+
+def _push(parsed: argparse.Namespace) -> None:
+    from specdecode.training.hub import push
+
+    print(push(parsed.folder, parsed.name, is_private=parsed.private, revision=parsed.revision, message=parsed.message))
 
 
 def _benchmark(parsed: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@
     ├── UserError (ValueError)      something the user can fix; the message says what, where and what was expected
     │   ├── ConfigError             a configuration file or a command line
     │   ├── ModelError              a model that does not exist, does not load, or does not fit the other one
+    │   ├── HubError                the Hugging Face Hub, which is not reached or refuses
     │   ├── RequestError            a prompt or a sampling parameter
     │   └── TrainingError           a training that has failed and can go on, such as for want of space
     └── OverloadedError             the queue is full; trying again later helps
@@ -27,6 +28,10 @@ class ConfigError(UserError):
 
 class ModelError(UserError):
     """A model that does not exist, does not load, or does not fit the model that it is paired with."""
+
+
+class HubError(UserError):
+    """The Hugging Face Hub is not reached, or refuses what is sent."""
 
 
 class RequestError(UserError):

@@ -66,7 +66,9 @@ def score(draft: PreTrainedModel, target: PreTrainedModel, texts: Several[Exampl
     for first in range(0, len(texts), batch_size):
         ids, is_scored = _padded(texts[first : first + batch_size])
         places = is_scored[:, 1:]
-        p, q = (model(input_ids=ids.to(model.device), use_cache=False).logits[:, :-1].cpu()[places] for model in (target, draft))
+        p, q = (
+            model(input_ids=ids.to(model.device), use_cache=False).logits[:, :-1].cpu()[places] for model in (target, draft)
+        )
         said = ids[:, 1:][places]
         losses.append(torch.nn.functional.cross_entropy(q.float(), said, reduction="none"))
         agrees.append(p.argmax(-1) == q.argmax(-1))

@@ -86,8 +86,8 @@ def _introduction(config: dict[str, Any]) -> str:
     domain, target = config["data"]["domain"], config["model"]["target_model"]
     return (
         f"A draft for {f'`{target}`' if target else 'larger models with its tokenizer'}"
-        f"{'' if domain == 'generic' else f', for the domain `{domain}`'}: it guesses the next few tokens, and the target checks "
-        "them in one forward pass. What is said, and how likely, stays the target's; the better the guesses, the sooner it comes."
+        f"{'' if domain == 'generic' else f', for the domain `{domain}`'}: it guesses the next few tokens, and the target "
+        "checks them in one forward pass. What is said, and how likely, stays the target's; good guesses make it come sooner."
     )
 
 
@@ -102,11 +102,14 @@ def _recipe(config: dict[str, Any], command: str | None) -> str:
     if not distillation["enabled"]:
         return f"{how}\n\nIt began as {start} and was fine-tuned on the data's own text."
     answers = distillation["completions"]
+    target, sampled, own = (
+        f"{share:.0%}" for share in (distillation["target_share"], answers["sampled_share"], distillation["student_share"])
+    )
     return (
-        f"{how}\n\nIt began as {start} and learned what its target says of each next token ({_loss(distillation['loss'])}). Of the "
-        f"blocks, {distillation['target_share']:.0%} were the target's own answers to {answers['num_prompts']:,} prompts of the data, "
-        f"{answers['sampled_share']:.0%} of them sampled at temperature {answers['temperature']:g} and the others greedy; the other "
-        f"blocks were the data's own text. In {distillation['student_share']:.0%} of the steps it learned from what it said itself."
+        f"{how}\n\nIt began as {start} and learned what its target says of each next token ({_loss(distillation['loss'])}). "
+        f"Of the blocks, {target} were the target's own answers to {answers['num_prompts']:,} prompts of the data, {sampled} "
+        f"of them sampled at temperature {answers['temperature']:g} and the others greedy; the others were the data's own "
+        f"text. In {own} of the steps it learned from what it said itself."
     )
 
 
@@ -132,9 +135,7 @@ def _data(data: dict[str, Any]) -> str:
     if data["dataset_name"] is not None:
         return f"`{data['dataset_name']}`, its split `{data['dataset_split']}`."
     total = sum(data["sources"].values())
-    rows = [
-        [_ORIGINS[source][0], f"{weight / total:.0%}", _ORIGINS[source][1]] for source, weight in data["sources"].items()
-    ]
+    rows = [[_ORIGINS[source][0], f"{weight / total:.0%}", _ORIGINS[source][1]] for source, weight in data["sources"].items()]
     return _table(["source", "share", "licence"], rows)
 
 

@@ -59,9 +59,10 @@ def _name(folder: str) -> str:
 
 
 def _introduction(config: ComparisonConfig) -> str:
-    return f"""In rounds of {config.K} drafted tokens. "text" are held-out documents, "sampled" and "greedy" what the target answers to
-{config.num_prompts} held-out prompts of a domain, in {config.max_new_tokens} tokens at the most. Of a round's tokens the target's own is one.
-"agreement" says how often both first choices are the same, "speed" tokens per second by those of plain decoding, one stream. A
-small target's greedy text falls into loops, which are easy to guess: expect less from a larger one.
+    return f"""In rounds of {config.K} drafted tokens; "tokens" are those of a round, with the target's own. "text" are held-out
+documents, "sampled" and "greedy" what the target answers to {config.num_prompts} held-out prompts of a domain, in
+{config.max_new_tokens} tokens at the most. "agreement" says how often first choices are the same, "speed" tokens per second
+by those of plain decoding, one stream. A small target's greedy text falls into loops, which are easy to guess: expect less from
+a larger one.
 
 """
