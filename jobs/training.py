@@ -73,7 +73,7 @@ class Run:
             ConfigError: the cluster has not what the processes ask for.
             TrainingError: it failed, and as often again as it may.
         """
-        with connected(quiet=False):
+        with connected(quiet=False, dashboard=True):  # Ray Train itself asks it how its processes are
             self._check_devices()
             result = self._fit(work, prepare())
         write_run(self._folder, self._config, result)
