@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 from datasets import disable_progress_bars
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-from ray.train.huggingface.transformers import RayTrainReportCallback
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.logging import disable_progress_bar
 
@@ -73,7 +74,7 @@ class Run:
             ConfigError: the cluster has not what the processes ask for.
             TrainingError: it failed, and as often again as it may.
         """
-        with connected(quiet=False, dashboard=True):  # Ray Train itself asks it how its processes are
+        with connected(quiet=False, dashboard=True):  # without one Ray Train asks that of another Ray about its processes
             self._check_devices()
             result = self._fit(work, prepare())
         write_run(self._folder, self._config, result)
@@ -155,13 +156,29 @@ def report(told: dict[str, Any], training: TrainingConfig, learn: Callable[..., 
     disable_progress_bars()
     if Path(told["folder"]).is_dir():  # where the configuration's paths begin; on other nodes it is Ray's working directory
         os.chdir(told["folder"])
-    callbacks = [RayTrainReportCallback()]
+    callbacks = [Reporter()]
     last = ray.train.get_checkpoint()
     if last is not None:
         with last.as_directory() as folder:
-            result = learn(checkpoint=Path(folder) / RayTrainReportCallback.CHECKPOINT_NAME, callbacks=callbacks)
+            result = learn(checkpoint=Path(folder), callbacks=callbacks)
     else:  # a training in the job's own process has no other checkpoints than its own
         own = get_last_checkpoint(trainer_folder(training)) if told["resume"] and training.num_workers == 0 else None
         result = learn(checkpoint=own and Path(own), callbacks=callbacks)
     if ray.train.get_context().get_world_rank() == 0:
         (Path(training.output_dir) / _RESULT).write_text(json.dumps(asdict(result)), encoding="utf-8")
+
+
+class Reporter(TrainerCallback):
+    """Tells Ray Train of each checkpoint, and of the figures.
+
+    All processes write to one folder, and the first one alone hands it over, once all have written: Ray Train's own callback
+    has each of them copy what is there, while another one may still be writing it.
+    """
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: object, **_: object) -> None:  # noqa: ARG002
+        """See `TrainerCallback.on_save`."""
+        figures = {name: value for entry in state.log_history for name, value in entry.items()}
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        folder = get_last_checkpoint(args.output_dir) if state.is_world_process_zero else None
+        ray.train.report(figures, checkpoint=folder and Checkpoint.from_directory(folder))

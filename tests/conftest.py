@@ -22,6 +22,7 @@ EXACTNESS: dict[tuple[str, str, int], tuple[int, int, float]] = defaultdict(lamb
 SaveModel = Callable[[PreTrainedConfig, int], str]
 
 
+@pytest.hookimpl(tryfirst=True)  # before the names of the groups are asked for
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Says which tests stay in one process: those that share the server, and those of a file, which may share models."""
     for item in items:

@@ -2,6 +2,7 @@
 
 from serve.cluster import connected  # isort: skip  # before all else that imports Ray
 
+import filecmp
 import json
 import os
 import shutil
@@ -21,13 +22,15 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
 import yaml
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerState, TrainingArguments
 
 from jobs import cache_teacher, train_draft, train_target
 from jobs.generate_data import generate_completions
 from jobs.reading import read
+from jobs.training import Reporter
 from specdecode.backends.backend import create_backend
 from specdecode.config import check_config
 from specdecode.decoding.drafters import NoDrafter
@@ -246,8 +249,32 @@ def test_a_killed_worker_is_replaced_and_two_are_as_good_as_one_with_twice_the_b
     two = train_draft.train_draft(config_of(values))
     assert killed, "nobody was killed"
     assert two.num_steps == 12
+    kept = list(output.glob("ray/checkpoint*"))
+    assert len(kept) == 2
+    for folder in kept:  # as it was written, by both processes
+        step = json.loads((folder / "trainer_state.json").read_text())["global_step"]
+        written = output / "trainer" / f"checkpoint-{step}"
+        names = [file.name for file in written.iterdir()]
+        assert {"optimizer.pt", "rng_state_0.pth", "rng_state_1.pth"} <= set(names)
+        assert filecmp.cmpfiles(folder, written, names, shallow=False)[1:] == ([], [])
     np.testing.assert_allclose(two.validation["loss"], alone.validation["loss"], rtol=1e-3)
     np.testing.assert_allclose(two.validation["acceptance"], alone.validation["acceptance"], rtol=1e-3)
+
+
+def test_one_process_alone_hands_a_checkpoint_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others would copy what is half written: of Ray Train's own callback all do, and the last copy stays."""
+    (tmp_path / "checkpoint-4").mkdir()
+    reported: list[tuple[dict[str, float], Any]] = []
+    monkeypatch.setattr(ray.train, "report", lambda figures, checkpoint: reported.append((figures, checkpoint)))
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    history = [{"loss": 2.0, "step": 3}, {"eval_loss": 1.5, "step": 4}]
+    for is_first in (True, False):
+        state = TrainerState(global_step=4, is_world_process_zero=is_first, log_history=history)
+        Reporter().on_save(args, state, None)
+    (figures, handed_over), (other, nothing) = reported
+    assert figures == other == {"loss": 2.0, "eval_loss": 1.5, "step": 4}
+    assert handed_over.path == str(tmp_path / "checkpoint-4")
+    assert nothing is None
 
 
 def _command_line(process: Path) -> bytes:

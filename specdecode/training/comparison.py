@@ -125,8 +125,8 @@ def compare(config: ComparisonConfig) -> Iterator[Comparison]:
         )
         speed_ups = _speed_ups(prompts, backend, drafters, config)
         for name, draft in drafts.items():
-            scores = (score(draft, target, said, config.K) for said in (texts, sampled, greedy))
-            yield Comparison(domain, name, *scores, speed_ups.get(name))
+            of_text, of_sampled, of_greedy = (score(draft, target, said, config.K) for said in (texts, sampled, greedy))
+            yield Comparison(domain, name, of_text, of_sampled, of_greedy, speed_ups.get(name))
 
 
 def _held_out_texts(

@@ -164,7 +164,7 @@ class DraftTrainer(transformers.Trainer):
         self._speak = speak
         self._own_share = own_share
         self._groups = sorted(set(validation["group"]))
-        self._logged = (0, time.perf_counter())
+        self._pace = Pace()
         if log.use_wandb:
             os.environ.setdefault("WANDB_PROJECT", log.project)  # which is how transformers takes it
         super().__init__(
@@ -174,7 +174,7 @@ class DraftTrainer(transformers.Trainer):
             train_dataset=training,
             eval_dataset=validation,
             compute_metrics=self._figures,
-            callbacks=[ProgressLine(), *(callbacks or [])],
+            callbacks=[self._pace, ProgressLine(), *(callbacks or [])],
         )
         self.remove_callback(transformers.PrinterCallback)  # we have a line of our own
         if teacher is not None:
@@ -252,10 +252,10 @@ class DraftTrainer(transformers.Trainer):
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
         """See `Trainer.log`; adds the tokens per second of all workers."""
         if "loss" in logs:
-            step, started = self._logged
-            self._logged = (self.state.global_step, time.perf_counter())
-            num_tokens = (self.state.global_step - step) * self._config.num_blocks / self._config.num_train_steps
-            logs["tokens_per_second"] = num_tokens * self._config.sequence_length / (self._logged[1] - started)
+            steps_per_second = self._pace.measure(self.state.global_step)
+            logs["tokens_per_second"] = (
+                steps_per_second * self._config.num_blocks / self._config.num_train_steps * self._config.sequence_length
+            )
         super().log(logs, *args, **options)
 
     def _listen(self, inputs: dict[str, Any]) -> Teacher | None:
@@ -324,6 +324,22 @@ def replace_folder(folder: Path, save: Callable[[Path], None]) -> None:
         folder.replace(old)
     new.replace(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+class Pace(TrainerCallback):
+    """Measures steps per second, from the step on at which a training begins or goes on."""
+
+    def __init__(self) -> None:
+        self._last = (0, 0.0)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """See `TrainerCallback.on_train_begin`."""
+        self._last = (state.global_step, time.perf_counter())
+
+    def measure(self, step: int) -> float:
+        """Since the last time."""
+        (before, started), self._last = self._last, (step, time.perf_counter())
+        return (step - before) / (self._last[1] - started)
 
 
 class ProgressLine(TrainerCallback):

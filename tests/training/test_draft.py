@@ -9,18 +9,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainerState
 
 from specdecode.backends.backend import create_backend
 from specdecode.config import check_config
 from specdecode.errors import ConfigError, ModelError
+from specdecode.training import trainer
 from specdecode.training.data import TRAINING, VALIDATION, validation_blocks, write_blocks
 from specdecode.training.draft import PROMPTS, DraftTrainingConfig, learn
 from specdecode.training.examples import Example
 from specdecode.training.losses import LossConfig
 from specdecode.training.packing import Block
 from specdecode.training.teacher_cache import Annotator, check_teacher, note_teacher
-from specdecode.training.trainer import DraftTrainer
+from specdecode.training.trainer import DraftTrainer, Pace
 
 
 def config_of(values: dict[str, Any], **changes: Any) -> DraftTrainingConfig:
@@ -113,6 +114,15 @@ def test_figures_go_to_tensorboard_where_that_is_asked_for(values: dict[str, Any
     quiet = config_of(values, training__output_dir=f"{blocks}-2")
     learn(quiet, blocks)
     assert not list(Path(quiet.training.output_dir).rglob("events.*"))
+
+
+def test_the_pace_is_counted_from_where_a_run_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([10.0, 12.0, 13.0])
+    monkeypatch.setattr(trainer.time, "perf_counter", lambda: next(now))
+    pace = Pace()
+    pace.on_train_begin(None, TrainerState(global_step=1000), None)
+    assert pace.measure(1004) == 2
+    assert pace.measure(1005) == 1
 
 
 def test_fine_tuning_asks_its_target_only_in_validation(
