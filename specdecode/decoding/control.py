@@ -1,8 +1,9 @@
-"""Rounds in, draft lengths out: how many tokens to draft next, so that most tokens come out per second.
+"""Rounds in, draft lengths and drafters out: who drafts how many tokens next, so that most tokens come out per second.
 
 A round that drafts k tokens for a sequence yields (1 - a^(k + 1)) / (1 - a) tokens on average if each drafted token is accepted
 with probability a (Leviathan et al. 2023, equation 1), and costs the time to draft and to verify them. Acceptance is estimated
-for each sequence, times are measured, and the lengths with the best ratio for the whole batch are taken, zero included.
+for each sequence, times are measured, and the lengths with the best ratio for the whole batch are taken, zero included. A
+sequence whose route has several arms goes to the one with the best ratio for it, if what it still has to say pays for the change.
 """
 
 import weakref
@@ -21,6 +22,12 @@ _NUM_TRIES, _TRIED_LENGTH = 2, 2
 _PATIENCE = 32
 # What is believed of the acceptance before the first verdict, and how many verdicts that belief is worth.
 _PRIOR_RATE, _PRIOR_TRIALS = 0.7, 2.0
+# Another arm must promise so much more speed: estimates err, and a change costs the new drafter's reading of the text.
+_MARGIN = 1.05
+# An answer is taken to go on for as long as it is already, and so many tokens more; most end before their limit.
+_OUTLOOK = 32
+# Of an arm that is not asked, so much of what was seen is still believed after each round.
+_FADING = 0.98
 
 
 class LengthPolicy(Protocol):
@@ -57,10 +64,14 @@ class AdaptiveLength:
     def __init__(self) -> None:
         self._verify_time = Line()  # by scored tokens
         self._draft_times: dict[str, Line] = {}  # by drafted tokens, of the longest draft
-        self._acceptance: weakref.WeakKeyDictionary[Sequence, Acceptance] = weakref.WeakKeyDictionary()
+        self._reading_times: dict[str, Line] = {}  # by tokens that a drafter had not seen before
+        self._beliefs: weakref.WeakKeyDictionary[Sequence, dict[str, Acceptance]] = weakref.WeakKeyDictionary()
 
     def plan(self, sequences: list[Sequence]) -> None:
         """See `LengthPolicy.plan`."""
+        for sequence in sequences:
+            if len(sequence.route.arms) > 1 and not sequence.params.depends_on_k:
+                self._choose_arm(sequence, len(sequences))
         by_drafter = _by_drafter(sequences)
         groups = [self._group(name, members) for name, members in by_drafter.items()]
         _choose_lengths(groups, self._verify_time, len(sequences))
@@ -74,19 +85,28 @@ class AdaptiveLength:
         if not rounds:
             return
         depths: dict[str, int] = {}
-        is_warm = True
+        unread: dict[str, int] = {}  # tokens that drafters had to read first
         has_begun = any(self._acceptance_of(sequence).num_rounds for sequence in sequences)  # else prompts may be computed too
         for sequence, round in zip(sequences, rounds, strict=True):
-            acceptance = self._acceptance_of(sequence)
+            acceptance, name = self._acceptance_of(sequence), sequence.route.drafter or ""
             if round.num_drafted:
-                name = sequence.route.drafter or ""
                 depths[name] = max(depths.get(name, 0), round.num_drafted)
-                is_warm &= acceptance.is_drafting
+                if not acceptance.is_drafting:
+                    num_before = len(sequence.tokens) - len(round.tokens)
+                    unread[name] = unread.get(name, 0) + num_before - acceptance.num_read
+                acceptance.num_read = len(sequence.tokens)
             acceptance.add(round.num_accepted, round.num_drafted)
+            for other in self._beliefs[sequence].values():
+                if other is not acceptance:
+                    other.fade()
         if has_begun:
             self._verify_time.add(sum(round.num_drafted + 1 for round in rounds), rounds[0].verify_time_s)
-        if is_warm:
+        if not unread:
             self._share_draft_time(depths, rounds[0].draft_time_s)
+        elif len(unread) == 1 and depths.keys() <= self._draft_times.keys():
+            [(name, count)] = unread.items()
+            expected = sum(self._draft_time(other).at(depth) for other, depth in depths.items())
+            self._reading_times.setdefault(name, Line()).add(count, max(0.0, rounds[0].draft_time_s - expected))
 
     def _share_draft_time(self, depths: dict[str, int], draft_time_s: float) -> None:
         """Adds one measurement to the line of each drafter; what is more or less than expected is shared alike."""
@@ -100,8 +120,44 @@ class AdaptiveLength:
         limits = np.array([max(0, min(sequence.route.k, sequence.num_remaining - 1)) for sequence in members])
         return _Group(self._draft_time(name), rates.clip(0.01, 0.99), limits, limits)
 
+    def _choose_arm(self, sequence: Sequence, batch: int) -> None:
+        """Moves a sequence to the arm that promises the most tokens per second, if the gain pays for that one's reading."""
+        here = sequence.route.drafter or ""
+        arms = [arm.drafter for arm in sequence.route.arms]
+        speeds = {name: self._speed(sequence, name, batch) for name in arms if not self._belief(sequence, name).num_resting}
+        best = max(speeds, key=lambda name: speeds[name], default=here)
+        speed = self._speed(sequence, here, batch)
+        if best == here or speeds[best] <= _MARGIN * speed:
+            return
+        num_expected = min(sequence.num_remaining, sequence.num_generated + _OUTLOOK)
+        reading = self._reading_times.get(best, Line()).at(len(sequence.tokens) - self._belief(sequence, best).num_read)
+        if num_expected / speed - num_expected / speeds[best] > reading:
+            self._belief(sequence, here).leave()
+            sequence.route = sequence.route.through(best)
+
+    def _speed(self, sequence: Sequence, name: str, batch: int) -> float:
+        """Tokens per second of a sequence among `batch` like it, at the best length.
+
+        A drafter whose time is not known yet is taken to need none: it is then tried, and known. Before any time is known, only
+        the acceptance counts.
+        """
+        acceptance = min(max(self._belief(sequence, name).rate, 0.01), 0.99)
+        if not self._verify_time.is_known:
+            return acceptance
+        k = np.arange(max(0, min(sequence.route.k, sequence.num_remaining - 1)) + 1)
+        tokens = (1 - acceptance ** (k + 1)) / (1 - acceptance)
+        times = np.where(k > 0, self._draft_time(name).at(k), 0.0) + self._verify_time.at(batch * (k + 1))
+        return float((tokens / np.maximum(times, 1e-9)).max())
+
     def _acceptance_of(self, sequence: Sequence) -> "Acceptance":
-        return self._acceptance.setdefault(sequence, Acceptance())
+        return self._belief(sequence, sequence.route.drafter or "")
+
+    def _belief(self, sequence: Sequence, name: str) -> "Acceptance":
+        beliefs = self._beliefs.setdefault(sequence, {})
+        if name not in beliefs:
+            arm = next((arm for arm in sequence.route.arms if arm.drafter == name), None)
+            beliefs[name] = Acceptance() if arm is None else Acceptance(prior_rate=arm.acceptance, prior_trials=arm.weight)
+        return beliefs[name]
 
     def _draft_time(self, name: str) -> "Line":
         return self._draft_times.setdefault(name, Line())
@@ -109,12 +165,16 @@ class AdaptiveLength:
 
 @dataclass
 class Acceptance:
-    """How likely a sequence's next drafted token is accepted, from its rounds, of which older ones count less."""
+    """How likely a sequence's next token of a drafter is accepted, from its rounds, of which older ones count less."""
 
     memory: float = 0.95
+    prior_rate: float = _PRIOR_RATE
+    prior_trials: float = _PRIOR_TRIALS
     num_tries: int = _NUM_TRIES
     is_drafting: bool = False  # as of the last round
     num_rounds: int = 0
+    num_read: int = 0  # of the sequence's tokens, those that the drafter has seen
+    num_resting: int = 0  # rounds for which it is not to be chosen again
     _num_accepted: float = 0.0
     _num_trials: float = 0.0
     _num_plain: int = 0
@@ -123,7 +183,7 @@ class Acceptance:
     @property
     def rate(self) -> float:
         """Accepted tokens over those on which there was a verdict."""
-        return (self._num_accepted + _PRIOR_RATE * _PRIOR_TRIALS) / (self._num_trials + _PRIOR_TRIALS)
+        return (self._num_accepted + self.prior_rate * self.prior_trials) / (self._num_trials + self.prior_trials)
 
     def add(self, num_accepted: int, num_drafted: int) -> None:
         """Counts one round; after a rejection there is no verdict on what was drafted. Many plain rounds make it try again."""
@@ -140,6 +200,19 @@ class Acceptance:
         if self._num_plain >= self._patience:
             self._num_accepted, self._num_trials, self._num_plain, self.num_tries = 0.0, 0.0, 0, _NUM_TRIES
             self._patience *= 2
+
+    def leave(self) -> None:
+        """Counts as left for another arm; if it disappointed, it is not to be chosen again soon, nor as soon the next time."""
+        self.is_drafting, self.num_tries = False, _NUM_TRIES
+        if self.rate < self.prior_rate:
+            self.num_resting = int(self._patience)
+            self._patience *= 2
+
+    def fade(self) -> None:
+        """Counts a round of another arm: what was seen is believed a little less."""
+        self._num_accepted *= _FADING
+        self._num_trials *= _FADING
+        self.num_resting = max(0, self.num_resting - 1)
 
 
 @dataclass
@@ -169,6 +242,11 @@ class Line:
         self._n = self.memory * self._n + 1
         self._x += dx / self._n
         self._y += dy / self._n
+
+    @property
+    def is_known(self) -> bool:
+        """Whether there was a measurement."""
+        return self._n > 0
 
     @property
     def slope(self) -> float:

@@ -136,14 +136,42 @@ class SamplingParams:
 
 
 @dataclass(frozen=True)
+class Arm:
+    """A drafter that may guess for a sequence, and what is expected of it.
+
+    Attributes:
+        drafter: its name.
+        acceptance: the chance that a token which it drafts is accepted.
+        weight: how many verdicts on drafted tokens that expectation is worth.
+    """
+
+    drafter: str
+    acceptance: float
+    weight: float = 8.0
+
+
+@dataclass(frozen=True)
 class Route:
-    """Which drafter guesses for a sequence, and how many tokens a round; `drafter` None or `k` 0 is plain decoding."""
+    """Which drafter guesses for a sequence, and how many tokens a round; `drafter` None or `k` 0 is plain decoding.
+
+    Attributes:
+        drafter: who guesses.
+        k: at the most so many tokens.
+        arms: all who might, `drafter` among them; whoever chooses draft lengths may then choose another drafter too.
+    """
 
     drafter: str | None = None
     k: int = 0
+    arms: tuple[Arm, ...] = ()
 
     def __post_init__(self) -> None:
         _require(self.k >= 0, "K", self.k, "at least 0")
+        names = [arm.drafter for arm in self.arms]
+        _require(not names or self.drafter in names, "drafter", self.drafter, f"one of the arms, {', '.join(names)}")
+
+    def through(self, drafter: str) -> "Route":
+        """The same with another one of the arms."""
+        return replace(self, drafter=drafter)
 
 
 @dataclass(frozen=True)

@@ -268,10 +268,10 @@ def test_a_fixed_length_follows_a_new_route():
 def test_a_sequence_that_is_gone_is_forgotten():
     world = one_world(0.5, COSTS["cheap"], batch=5)
     world.rounds(3)
-    assert len(world.policy._acceptance) == 5
+    assert len(world.policy._beliefs) == 5
     del world.sequences[1:]
     gc.collect()
-    assert len(world.policy._acceptance) == 1
+    assert len(world.policy._beliefs) == 1
 
 
 def test_an_empty_batch_teaches_nothing():

@@ -1,0 +1,190 @@
+"""A sequence finds the drafter that is quickest for it; acceptance and times are made up, so that it is known which one is."""
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from specdecode.decoding.control import AdaptiveLength, FixedLength
+from specdecode.decoding.sequence import Arm, Round, Route, SamplingParams, Sequence
+from specdecode.errors import RequestError
+from tests.decoding.test_control import COSTS, LIMIT, best_length, speed
+
+CHEAP, MODERATE, DEAR = COSTS["cheap"], COSTS["moderate"], COSTS["dear"]
+READING = 0.01  # seconds for each token that a drafter has not seen
+
+
+class Routed:
+    """One sequence and its arms, each with an acceptance that may change, and what its rounds take."""
+
+    def __init__(self, acceptance, costs, expected, *, first=None, max_tokens=10**6, reading=READING, seed=0, noise=0.1):
+        self.acceptance, self.costs, self.reading, self.noise = acceptance, costs, reading, noise
+        self.rng = random.Random(seed)
+        arms = tuple(Arm(name, rate) for name, rate in expected.items())
+        self.route = Route(first or max(expected, key=expected.get), LIMIT, arms)
+        self.max_tokens = max_tokens
+        self.policy = AdaptiveLength()
+        self.begin()
+
+    def begin(self):
+        """Begins another answer, with what was learned of times."""
+        self.sequence = Sequence([0] * 50, SamplingParams(max_tokens=self.max_tokens), self.route)
+        self.num_read = dict.fromkeys(self.acceptance, 0)
+        self.forget()
+
+    def round(self):
+        self.policy.plan([self.sequence])
+        name, k = self.sequence.route.drafter, self.sequence.k
+        unread = len(self.sequence.tokens) - self.num_read[name] if k else 0
+        draft_time = self._noisy(self.costs[name].draft_time(k)) + self.reading * unread
+        verify_time = self._noisy(self.costs[name].verify_time(k + 1))
+        accepted = next((n for n in range(k) if self.rng.random() >= self.acceptance[name]), k)
+        self.sequence.tokens += [0] * (accepted + 1)
+        if k:
+            self.num_read[name] = len(self.sequence.tokens)
+        self.policy.observe([self.sequence], [Round([0] * (accepted + 1), k, accepted, None, draft_time, verify_time)])
+        self.num_tokens += accepted + 1
+        self.seconds += draft_time + verify_time
+        self.used.append(name if k else "none")
+
+    def rounds(self, count):
+        for _ in range(count):
+            self.round()
+        return self
+
+    def forget(self):
+        self.num_tokens, self.seconds, self.used = 0, 0.0, []
+
+    def _noisy(self, seconds):
+        return seconds * self.rng.uniform(1 - self.noise, 1 + self.noise)
+
+    @property
+    def speed(self):
+        return self.num_tokens / self.seconds
+
+
+def best_speed(acceptance, costs):
+    return max(speed(best_length(acceptance[name], costs[name], 1), acceptance[name], costs[name], 1) for name in acceptance)
+
+
+def alike(costs, *names):
+    return dict.fromkeys(names, costs)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_good_forecast_is_kept_to(seed):
+    world = Routed({"code": 0.85, "chat": 0.4}, alike(MODERATE, "code", "chat"), {"code": 0.8, "chat": 0.4}, seed=seed).rounds(300)
+    assert set(world.used) <= {"code", "none"}
+    assert world.used.count("code") > 290
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("costs", [CHEAP, MODERATE], ids=["cheap", "moderate"])
+def test_a_wrong_forecast_is_left(costs, seed):
+    """Of an answer of some hundred tokens it costs a quarter at the most, and next to nothing in the long run."""
+    acceptance = {"code": 0.2, "chat": 0.8}
+    world = Routed(acceptance, alike(costs, *acceptance), {"code": 0.8, "chat": 0.5}, seed=seed).rounds(120)
+    best = best_speed(acceptance, alike(costs, *acceptance))
+    assert world.speed > 0.75 * best
+    world.forget()
+    world.rounds(600)
+    assert world.speed > 0.9 * best
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_arm_is_chosen_for_its_speed_and_not_for_its_acceptance(seed):
+    acceptance, costs = {"large": 0.85, "small": 0.75}, {"large": DEAR, "small": CHEAP}
+    world = Routed(acceptance, costs, acceptance, seed=seed).rounds(30)
+    world.forget()
+    world.rounds(300)
+    assert world.used.count("small") > 270
+    assert world.speed > 0.95 * best_speed(acceptance, costs)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_where_no_arm_pays_it_is_about_as_fast_as_plain_decoding(seed):
+    acceptance = {"code": 0.1, "chat": 0.15, "generic": 0.05}
+    world = Routed(acceptance, alike(DEAR, *acceptance), {"code": 0.8, "chat": 0.7, "generic": 0.6}, seed=seed).rounds(400)
+    plain = speed(0, 0.5, DEAR, 1)
+    assert world.speed > 0.87 * plain  # each arm is tried once, to learn what it takes
+    world.begin()
+    world.rounds(400)
+    assert world.speed > 0.93 * plain  # in another answer, though forecasts are as wrong as before
+    world.forget()
+    world.rounds(2000)
+    assert world.speed > 0.97 * plain
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_was_left_comes_back_when_it_is_better_again(seed):
+    acceptance = {"code": 0.9, "chat": 0.6}
+    world = Routed(acceptance, alike(MODERATE, *acceptance), {"code": 0.9, "chat": 0.6}, seed=seed).rounds(60)
+    world.acceptance["code"] = 0.1
+    world.rounds(40)
+    assert world.used[-1] == "chat"
+    world.acceptance["code"] = 0.9
+    world.rounds(300)
+    world.forget()
+    world.rounds(50)
+    assert world.used.count("code") > 40
+
+
+def test_returns_to_an_arm_that_disappoints_grow_rarer():
+    acceptance = {"code": 0.1, "chat": 0.6}
+    world = Routed(acceptance, alike(MODERATE, *acceptance), {"code": 0.95, "chat": 0.5}).rounds(3000)
+    begun = [n for n, name in enumerate(world.used) if name == "code" and world.used[n - 1] != "code"]
+    assert len(begun) < 15
+    assert world.used.count("code") < 0.05 * len(world.used)
+
+
+def test_a_change_that_the_rest_of_the_answer_does_not_pay_for_is_not_made():
+    """The other arm is better, but would read the text for as long as ten rounds take."""
+    acceptance = {"code": 0.5, "chat": 0.7}
+    options = {"expected": {"code": 0.5, "chat": 0.7}, "first": "code"}
+    costs = alike(MODERATE, *acceptance)
+
+    def learned(reading, max_tokens):
+        world = Routed(acceptance, costs, reading=reading, max_tokens=max_tokens, **options)
+        world.policy._reading_times["chat"] = line = type(world.policy._verify_time)()
+        for count in (10, 60, 110):
+            line.add(count, reading * count)
+        return world.rounds(8)
+
+    assert "chat" not in learned(0.5, 40).used
+    assert "chat" in learned(0.001, 10_000).used
+
+
+@pytest.mark.parametrize("policy", [AdaptiveLength(), FixedLength()])
+def test_a_request_whose_seed_is_a_promise_keeps_its_drafter(policy):
+    arms = (Arm("code", 0.1), Arm("chat", 0.9))
+    sequence = Sequence([0], SamplingParams(max_tokens=1000, temperature=1.0, seed=1), Route("code", 4, arms))
+    for _ in range(50):
+        policy.plan([sequence])
+        assert (sequence.route.drafter, sequence.k) == ("code", 4)
+        policy.observe([sequence], [Round([0], 4, 0, None, 0.4, 1.0)])
+
+
+def test_sequences_of_one_batch_choose_each_for_itself():
+    policy = AdaptiveLength()
+    arms = (Arm("code", 0.6), Arm("chat", 0.6))
+    rates = [{"code": 0.9, "chat": 0.2}, {"code": 0.2, "chat": 0.9}]
+    sequences = [Sequence([0], SamplingParams(max_tokens=10**6), Route("code", 6, arms)) for _ in rates]
+    rng = random.Random(0)
+    for _ in range(200):
+        policy.plan(sequences)
+        rounds = []
+        for sequence, rate in zip(sequences, rates, strict=True):
+            accepted = next((n for n in range(sequence.k) if rng.random() >= rate[sequence.route.drafter]), sequence.k)
+            sequence.tokens += [0] * (accepted + 1)
+            rounds.append(Round([0] * (accepted + 1), sequence.k, accepted, None, 0.05, 1.0))
+        policy.observe(sequences, rounds)
+    assert [sequence.route.drafter for sequence in sequences] == ["code", "chat"]
+
+
+def test_a_route_begins_with_one_of_its_arms():
+    arms = (Arm("code", 0.5), Arm("chat", 0.4))
+    assert replace(Route("code", 3, arms).through("chat"), k=2) == Route("chat", 2, arms)
+    with pytest.raises(RequestError, match="one of the arms, code, chat"):
+        Route("generic", 3, arms)
+
+
