@@ -217,6 +217,7 @@ def _extend(
         verify_time_s=verify_time_s,
         logprobs=None if raw is None else token_logprobs(raw[: len(tokens)], tokens, sequence.params.logprobs or 0),
         prompt_logprobs=sequence.prompt_logprobs if is_first and sequence.params.prompt_logprobs is not None else None,
+        drafter=sequence.route.drafter if draft.tokens else None,
     )
 
 

@@ -17,6 +17,7 @@ class DecodingMetrics:
         num_generated: tokens in the output.
         num_drafted_at: for each position of a draft, how often something was drafted there.
         num_accepted_at: for each position of a draft, how often what was drafted there stands in the output.
+        num_drafts_by: of the drafts, how many each drafter made.
         draft_time_s, verify_time_s: time spent drafting, and scoring and accepting.
         time_to_first_token_s, total_time_s: from the start to the first round's end, and to the last one's.
         logprobs: of the tokens of each answer, if they were asked for.
@@ -30,6 +31,7 @@ class DecodingMetrics:
     num_generated: int = 0
     num_drafted_at: list[int] = field(default_factory=list)
     num_accepted_at: list[int] = field(default_factory=list)
+    num_drafts_by: dict[str, int] = field(default_factory=dict)
     draft_time_s: float = 0.0
     verify_time_s: float = 0.0
     time_to_first_token_s: float = 0.0
@@ -43,6 +45,8 @@ class DecodingMetrics:
             self.time_to_first_token_s = elapsed_s
         self.num_target_passes += 1
         self.num_drafts += round.num_drafted > 0
+        if round.drafter is not None:
+            self.num_drafts_by[round.drafter] = self.num_drafts_by.get(round.drafter, 0) + 1
         self.num_drafted += round.num_drafted
         self.num_accepted += round.num_accepted
         self.num_generated += len(round.tokens)

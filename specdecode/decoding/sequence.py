@@ -247,6 +247,7 @@ class Round:
         draft_time_s, verify_time_s: what the round's drafting, and its scoring and accepting, took for the whole batch.
         logprobs: of `tokens`, if they were asked for.
         prompt_logprobs: of the prompt's tokens but the first, in a sequence's first round, if they were asked for.
+        drafter: who drafted, None where nothing was.
     """
 
     tokens: list[int]
@@ -257,6 +258,7 @@ class Round:
     verify_time_s: float
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob] | None = None
+    drafter: str | None = None
 
 
 class TokenCounts:

@@ -110,6 +110,16 @@ class RunsAhead:
         return [replace(d, continues=bool(d.tokens and self.is_willing(d.tokens))) for d in self.drafter.propose(sequences)]
 
 
+class ChangesArms:
+    """Several drafters, of which the tokens so far choose one: as where an arm that disappoints is left for another."""
+
+    def __init__(self, *drafters):
+        self.drafters = drafters
+
+    def propose(self, sequences):
+        return [self.drafters[sum(s.tokens) % len(self.drafters)].propose([s])[0] for s in sequences]
+
+
 # By the most tokens that any q may cover.
 DRAFTERS = {
     "none": lambda _: NoDrafter(),
@@ -122,6 +132,7 @@ DRAFTERS = {
     "lookup, then model": lambda support: ChainDrafter([PromptLookupDrafter(max_ngram=3, min_ngram=2), model(support)]),
     "runs ahead": lambda support: RunsAhead(model(support)),
     "runs ahead at times": lambda support: RunsAhead(model(support, min_confidence=0.2), lambda tokens: tokens[-1] % 2),
+    "changes arms": lambda support: ChangesArms(model(support), ModelDrafter(table(4, 7), support=support), NoDrafter()),
     "routed": lambda support: RoutedDrafter({"other": NoDrafter(), "draft": model(support)}),
 }
 CERTAIN = {"none", "model, one-token q", "prompt lookup"}
