@@ -73,8 +73,13 @@ class Features:
     @property
     def names(self) -> list[str]:
         """What each number is, in order."""
-        width = self._model.get_sentence_embedding_dimension()
-        return [*(f"embedding_{place}" for place in range(width)), *HINT_NAMES]
+        return [*(f"embedding_{place}" for place in range(self.width)), *HINT_NAMES]
+
+    @property
+    def width(self) -> int:
+        """How many numbers an embedding has."""
+        newer = getattr(self._model, "get_embedding_dimension", None)  # sentence-transformers 6
+        return int((newer or self._model.get_sentence_embedding_dimension)())
 
     def of(self, texts: Several[str], num_tokens: Several[int], is_chat: Several[bool]) -> np.ndarray:
         """A row for each prompt, float32 [n, len(names)]; the same for a prompt alone as among others, to rounding.

@@ -1,0 +1,175 @@
+"""A router and prompts whose every arm was tried in, what it chooses and what that costs out."""
+
+from collections import defaultdict
+from collections.abc import Sequence as Several
+from dataclasses import dataclass
+
+import numpy as np
+
+from specdecode.routing.features import HINT_NAMES
+from specdecode.routing.model import AcceptanceModel
+from specdecode.routing.records import NONE, Record
+
+_NUM_RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One prompt, and what each arm did on it."""
+
+    prompt_id: str
+    domain: str
+    prompt: str
+    is_chat: bool
+    num_prompt_tokens: int
+    arms: dict[str, Record]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A way to choose an arm.
+
+    Attributes:
+        name: `adaptive`, `oracle`, `random`, `centroid`, or `always` an arm.
+        tokens_per_second: over all prompts, as if all answers were as long: the harmonic mean.
+        interval: of that, 95 % of resamples of the prompts.
+        to_oracle: by the oracle's, with its interval, the prompts being resampled for both.
+        accuracy: how often it chooses the fastest arm, or one that is at most 2 % slower.
+    """
+
+    name: str
+    tokens_per_second: float
+    interval: tuple[float, float]
+    to_oracle: float
+    to_oracle_interval: tuple[float, float]
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class ArmError:
+    """How far forecasts of an arm's acceptance are off: the mean absolute error, and the mean error."""
+
+    arm: str
+    mean_acceptance: float
+    absolute: float
+    bias: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a router does on prompts that it has not learned from."""
+
+    num_prompts: int
+    errors: list[ArmError]
+    policies: list[Policy]
+    speeds: dict[str, dict[str, float]]  # by arm and domain
+
+
+def report(
+    model: AcceptanceModel,
+    known: Several[Trial],
+    known_features: np.ndarray,
+    test: Several[Trial],
+    features: np.ndarray,
+    seed: int = 0,
+) -> Report:
+    """Compares the router's choice with others on test prompts.
+
+    Args:
+        model: the router.
+        known, known_features: what it has learned from: costs of rounds and centroids are taken from there.
+        test, features: what to report on; prompts of which an arm is missing are left out.
+        seed: of the resampling, and of the random arm.
+    """
+    drafts = model.about.arms
+    arms = [*drafts, NONE]
+    whole = [place for place, trial in enumerate(test) if all(arm in trial.arms for arm in drafts)]
+    expected = model.predict(features)
+    speeds = np.array([[_speed(test[place], arm) for arm in arms] for place in whole])  # [n, arms]
+    costs = _round_times(known, arms)
+    lengths = [test[place].arms[drafts[0]].k for place in whole]
+    forecast = np.stack([predicted_speeds(expected[place], k, costs) for place, k in zip(whole, lengths, strict=True)])
+    rng = np.random.default_rng(seed)
+    choices = {
+        "adaptive": forecast.argmax(1),
+        "oracle": speeds.argmax(1),
+        "centroid": _nearest(known, known_features, features[whole], arms),
+        "random": rng.integers(0, len(arms), len(whole)),
+        **{f"always {arm}": np.full(len(whole), column) for column, arm in enumerate(arms)},
+    }
+    resamples = rng.integers(0, len(whole), (_NUM_RESAMPLES, len(whole)))
+    best = speeds.max(1)
+    policies = [_policy(name, speeds[np.arange(len(whole)), chosen], best, resamples) for name, chosen in choices.items()]
+    return Report(len(whole), _errors(test, expected, drafts), policies, _by_domain([test[p] for p in whole], speeds, arms))
+
+
+def predicted_speeds(acceptance: np.ndarray, k: int, round_times: np.ndarray) -> np.ndarray:
+    """Tokens per second of each draft and of none, [arms + 1], from what is accepted and what a round of each takes."""
+    tokens = (1 - acceptance ** (k + 1)) / (1 - acceptance)
+    return np.append(tokens, 1.0) / round_times
+
+
+def _round_times(trials: Several[Trial], arms: list[str]) -> np.ndarray:
+    """Seconds of a round of each arm: the median over the prompts."""
+    times = []
+    for arm in arms:
+        records = [trial.arms[arm] for trial in trials if arm in trial.arms and trial.arms[arm].tokens_per_second > 0]
+        times.append(np.median([_tokens_of_a_round(record) / record.tokens_per_second for record in records] or [np.inf]))
+    return np.array(times)
+
+
+def _tokens_of_a_round(record: Record) -> float:
+    return record.accepted_lengths[record.k - 1] if record.k and record.accepted_lengths else 1.0
+
+
+def _speed(trial: Trial, arm: str) -> float:
+    return trial.arms[arm].tokens_per_second if arm in trial.arms else 0.0
+
+
+def _nearest(known: Several[Trial], known_features: np.ndarray, features: np.ndarray, arms: list[str]) -> np.ndarray:
+    """The arm that was fastest on most prompts of a kind, by the centroid of the kind's embeddings."""
+    width = known_features.shape[1] - len(HINT_NAMES)
+    members: dict[int, list[int]] = defaultdict(list)
+    for place, trial in enumerate(known):
+        members[int(np.argmax([_speed(trial, arm) for arm in arms]))].append(place)
+    centroids = np.stack([known_features[places, :width].mean(0) for places in members.values()])
+    nearest = ((features[:, None, :width] - centroids) ** 2).sum(-1).argmin(1)
+    return np.array(list(members))[nearest]
+
+
+def _policy(name: str, chosen: np.ndarray, best: np.ndarray, resamples: np.ndarray) -> Policy:
+    speed, ideal = (1 / (1 / np.maximum(values[resamples], 1e-9)).mean(1) for values in (chosen, best))
+    ratio = speed / ideal
+    return Policy(
+        name,
+        tokens_per_second=float(1 / (1 / np.maximum(chosen, 1e-9)).mean()),
+        interval=_interval(speed),
+        to_oracle=float((1 / best).mean() / (1 / np.maximum(chosen, 1e-9)).mean()),
+        to_oracle_interval=_interval(ratio),
+        accuracy=float((chosen >= 0.98 * best).mean()),
+    )
+
+
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _errors(trials: Several[Trial], expected: np.ndarray, drafts: list[str]) -> list[ArmError]:
+    found = []
+    for column, arm in enumerate(drafts):
+        places = [place for place, trial in enumerate(trials) if arm in trial.arms and trial.arms[arm].num_verdicts]
+        actual = np.array([trials[place].arms[arm].acceptance for place in places])
+        error = expected[places, column] - actual
+        found.append(ArmError(arm, float(actual.mean()), float(np.abs(error).mean()), float(error.mean())))
+    return found
+
+
+def _by_domain(trials: list[Trial], speeds: np.ndarray, arms: list[str]) -> dict[str, dict[str, float]]:
+    """The harmonic mean of each arm's tokens per second, by arm and domain."""
+    domains = sorted({trial.domain for trial in trials})
+    table: dict[str, dict[str, float]] = {}
+    for column, arm in enumerate(arms):
+        rows = {d: speeds[[t.domain == d for t in trials], column] for d in domains}
+        table[arm] = {domain: float(1 / (1 / np.maximum(values, 1e-9)).mean()) for domain, values in rows.items()}
+    return table

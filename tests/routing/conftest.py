@@ -1,0 +1,68 @@
+"""A small encoder, made here; and records of prompts whose best draft can be told from their words."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+from specdecode.routing.records import NONE, Record
+
+WORDS = {
+    "code": "def class import return list parse read file path index self value loop string".split(),
+    "chat": "hello please recommend restaurant movie weekend friend coffee music travel advice thanks".split(),
+    "reasoning": "how many apples total cost each hours miles twice remaining average price sum left".split(),
+}
+TRUE = {
+    "code": {"code": 0.85, "chat": 0.3, "generic": 0.6},
+    "chat": {"code": 0.2, "chat": 0.8, "generic": 0.55},
+    "reasoning": {"code": 0.3, "chat": 0.4, "generic": 0.7},
+}
+K = 4
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A sentence-transformers folder of a random BERT of two small layers."""
+    folder = tmp_path_factory.mktemp("encoder")
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.WordPieceTrainer(vocab_size=400, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
+    tokenizer.train_from_iterator([" ".join(words) for words in WORDS.values()], trainer)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=64)
+    model = BertModel(
+        BertConfig(
+            vocab_size=len(wrapped), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, max_position_embeddings=64
+        )
+    )
+    model.save_pretrained(folder / "bert")
+    wrapped.save_pretrained(folder / "bert")
+    transformer = Transformer(str(folder / "bert"))
+    SentenceTransformer(modules=[transformer, Pooling(32)]).save(str(folder / "encoder"))
+    return str(folder / "encoder")
+
+
+def made_prompt(domain: str, rng: np.random.Generator) -> str:
+    return " ".join(rng.choice(WORDS[domain], 8))
+
+
+def made_records(count: int, seed: int = 0, true: dict[str, dict[str, float]] = TRUE) -> list[Record]:
+    """Every arm on prompts of every domain; a round takes 1 s, and 0.1 s more for each token of a draft."""
+    rng = np.random.default_rng(seed)
+    records = []
+    for number in range(count):
+        domain = list(true)[number % len(true)]
+        common = {"prompt_id": f"{seed}-{number}", "domain": domain, "prompt": f"{made_prompt(domain, rng)} {number}"}
+        common |= {"is_chat": domain != "code", "num_prompt_tokens": 10, "k": K}
+        for arm, rate in true[domain].items():
+            acceptance = float(np.clip(rate + 0.05 * rng.standard_normal(), 0, 1))
+            lengths = [float(sum(acceptance**n for n in range(k + 1))) for k in range(1, 9)]
+            speed = lengths[K - 1] / (1 + 0.1 * K)
+            records.append(
+                Record(**common, arm=arm, acceptance=acceptance, num_verdicts=60, accepted_lengths=lengths, tokens_per_second=speed)
+            )
+        records.append(Record(**common, arm=NONE, tokens_per_second=1.0))
+    return records

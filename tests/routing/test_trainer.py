@@ -1,0 +1,108 @@
+"""A router learns from records which draft is fastest on prompts that it has not seen."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from specdecode.errors import ConfigError, ModelError
+from specdecode.routing.features import Features
+from specdecode.routing.model import AcceptanceModel
+from specdecode.routing.records import NONE, write_records
+from specdecode.routing.report import predicted_speeds
+from specdecode.routing.trainer import RouterTrainingConfig, train_router
+from tests.routing.conftest import K, TRUE, WORDS, made_records
+
+
+def config_of(tmp_path: Path, encoder: str, records: Any = None, **values: Any) -> RouterTrainingConfig:
+    write_records(tmp_path / "records.parquet", made_records(300) if records is None else records)
+    told = {"records": [str(tmp_path / "records.parquet")], "output_dir": str(tmp_path / "router"), "encoder": encoder}
+    return RouterTrainingConfig(**(told | {"device": "cpu", "num_epochs": 40} | values))
+
+
+def test_a_router_chooses_as_well_as_one_that_knows(tmp_path: Path, encoder: str) -> None:
+    write_records(tmp_path / "test.json", made_records(120, seed=1))
+    found = train_router(config_of(tmp_path, encoder, test_records=[str(tmp_path / "test.json")]))
+    policies = {policy.name: policy for policy in found.policies}
+
+    assert found.num_prompts == 120
+    assert policies["adaptive"].accuracy > 0.95
+    assert policies["adaptive"].to_oracle > 0.98
+    assert policies["oracle"].to_oracle == policies["oracle"].accuracy == 1
+    single = [policy for name, policy in policies.items() if name.startswith("always")]
+    assert all(policy.tokens_per_second < policies["adaptive"].interval[0] for policy in single)
+    assert policies["random"].tokens_per_second < policies["centroid"].tokens_per_second
+    assert all(error.absolute < 0.1 for error in found.errors)
+    for arm in ("code", "chat"):
+        assert found.speeds[arm][arm] > found.speeds["generic"][arm] > found.speeds[NONE][arm]
+
+
+def test_the_checkpoint_says_what_it_is_for(tmp_path: Path, encoder: str) -> None:
+    config = config_of(tmp_path, encoder)
+    train_router(config)
+    model = AcceptanceModel.load(config.output_dir, ["generic", "chat", "code"])
+
+    assert model.about.arms == ["chat", "code", "generic"]
+    assert model.about.features[-8:][0] == "prompt_length"
+    assert model.about.provenance["config"]["records"] == config.records
+    assert model.about.provenance["report"]["num_prompts"] > 20
+    assert all(1 <= weight <= 50 for weight in model.about.weights)
+    features = Features(encoder, device="cpu").of([" ".join(words) for words in WORDS.values()], [10] * 3, [False, True, True])
+    expected = model.predict(features)
+    for row, domain in zip(expected, WORDS, strict=True):
+        assert dict(zip(model.about.arms, row, strict=True)) == pytest.approx(TRUE[domain], abs=0.15)
+    with pytest.raises(ModelError, match=r"is one for the drafts \['chat', 'code', 'generic'\]: expected one for \['code'\]"):
+        AcceptanceModel.load(config.output_dir, ["code"])
+
+
+def test_two_trainings_are_equal(tmp_path: Path, encoder: str) -> None:
+    assert train_router(config_of(tmp_path, encoder, num_epochs=3)) == train_router(config_of(tmp_path, encoder, num_epochs=3))
+
+
+def test_prompts_of_which_an_arm_is_not_known_are_learned_from(tmp_path: Path, encoder: str) -> None:
+    """As where served traffic says only what the chosen draft did."""
+    records = [record for number, record in enumerate(made_records(300)) if number % 4 != 1 or number % 3]
+    failed = [replace(record, error="CUDA out of memory", acceptance=0.0) for record in records[::50]]
+    found = train_router(config_of(tmp_path, encoder, records + failed))
+    assert {policy.name: policy for policy in found.policies}["adaptive"].to_oracle > 0.95
+
+
+def test_speeds_are_those_of_the_formula() -> None:
+    speeds = predicted_speeds(np.array([0.5, 0.9]), K, np.array([1.0, 2.0, 0.5]))
+    assert speeds.tolist() == pytest.approx([sum(0.5**n for n in range(K + 1)), sum(0.9**n for n in range(K + 1)) / 2, 2.0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda records: [r for r in records if r.arm in ("code", NONE)], "at least two drafts, got \\['code'\\]"),
+        (lambda records: [], "expected records, found none"),
+        (lambda records: [*records, replace(records[0], acceptance=float("nan"))], "expected finite figures"),
+        (lambda records: [*records, replace(records[0], acceptance=1.5)], r"expected a number in \[0, 1\], got 1.5"),
+    ],
+)
+def test_records_that_cannot_be_used_are_refused(tmp_path: Path, encoder: str, change: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train_router(config_of(tmp_path, encoder, change(made_records(30))))
+
+
+def test_test_prompts_that_were_learned_from_are_refused(tmp_path: Path, encoder: str) -> None:
+    config = config_of(tmp_path, encoder, test_records=[str(tmp_path / "records.parquet")])
+    with pytest.raises(ConfigError, match="expected prompts that are not learned from"):
+        train_router(config)
+
+
+def test_test_records_of_other_arms_are_refused(tmp_path: Path, encoder: str) -> None:
+    write_records(tmp_path / "test.json", [r for r in made_records(30, seed=1) if r.arm != "chat"])
+    with pytest.raises(ConfigError, match="expected records of the arms"):
+        train_router(config_of(tmp_path, encoder, test_records=[str(tmp_path / "test.json")]))
+
+
+def test_a_file_that_is_none_is_one_line(tmp_path: Path, encoder: str) -> None:
+    (tmp_path / "bad.parquet").write_text("no parquet")
+    config = config_of(tmp_path, encoder).model_copy(update={"records": [str(tmp_path / "bad.parquet")]})
+    with pytest.raises(ConfigError, match="cannot be read as records") as caught:
+        train_router(config)
+    assert "\n" not in str(caught.value)
