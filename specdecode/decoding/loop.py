@@ -89,6 +89,7 @@ def speculative_decode(
     K: int = 5,  # noqa: N803  the name that the literature uses
     *,
     adaptive: bool = False,
+    route: Route | None = None,
     n: int = 1,
     stop: str | list[str] | None = None,
     tokenizer: Tokenizer | None = None,
@@ -102,7 +103,8 @@ def speculative_decode(
         input_ids: LongTensor [1, length].
         max_new_tokens: generate at the most so many tokens.
         K: how many tokens to draft in a round.
-        adaptive: draft as many as pay, at the most K.
+        adaptive: draft as many as pay, at the most K, and by the arm of the route that pays most.
+        route: who drafts, where `draft` is made of several drafters; its k is not looked at.
         n: how many answers to generate.
         stop: strings at which an answer ends; its last token is the one that completes the string.
         tokenizer: the target's, which `stop` needs.
@@ -127,7 +129,8 @@ def speculative_decode(
         raise TypeError(f"speculative_decode() got an unexpected keyword argument {min(unknown)!r}")
     params = SamplingParams(max_tokens=max_new_tokens, **sampling)
     prompt = input_ids[0].tolist()
-    sequences = [Sequence(prompt, choice, Route("draft", K)) for choice in params.choices(n)]
+    route = replace(route or Route("draft"), k=K)
+    sequences = [Sequence(prompt, choice, route) for choice in params.choices(n)]
     number = {sequence.id: place for place, sequence in enumerate(sequences)}
     stops = [StopCriterion(tokenizer, stop, params.min_tokens) for _ in sequences] if tokenizer and stop else []
     metrics = DecodingMetrics()

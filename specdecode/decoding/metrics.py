@@ -6,6 +6,31 @@ from specdecode.decoding.sequence import Round, TokenLogprob
 
 
 @dataclass
+class Verdicts:
+    """What became of a drafter's tokens: after the first that is rejected there is no verdict on the others.
+
+    Attributes:
+        num_drafts: rounds in which it drafted.
+        num_accepted, num_rejected: tokens that were accepted, and that were not.
+    """
+
+    num_drafts: int = 0
+    num_accepted: int = 0
+    num_rejected: int = 0
+
+    def add(self, round: Round) -> None:
+        """Counts a round; where an answer is cut off among accepted tokens nothing was rejected."""
+        self.num_drafts += 1
+        self.num_accepted += round.num_accepted
+        self.num_rejected += round.num_accepted < min(round.num_drafted, len(round.tokens))
+
+    @property
+    def acceptance(self) -> float:
+        """The chance that a token on which there is a verdict is accepted, 0 without any."""
+        return _ratio(self.num_accepted, self.num_accepted + self.num_rejected)
+
+
+@dataclass
 class DecodingMetrics:
     """What decoding one or more sequences took.
 
@@ -17,7 +42,7 @@ class DecodingMetrics:
         num_generated: tokens in the output.
         num_drafted_at: for each position of a draft, how often something was drafted there.
         num_accepted_at: for each position of a draft, how often what was drafted there stands in the output.
-        num_drafts_by: of the drafts, how many each drafter made.
+        verdicts: what became of each drafter's tokens.
         draft_time_s, verify_time_s: time spent drafting, and scoring and accepting.
         time_to_first_token_s, total_time_s: from the start to the first round's end, and to the last one's.
         logprobs: of the tokens of each answer, if they were asked for.
@@ -31,7 +56,7 @@ class DecodingMetrics:
     num_generated: int = 0
     num_drafted_at: list[int] = field(default_factory=list)
     num_accepted_at: list[int] = field(default_factory=list)
-    num_drafts_by: dict[str, int] = field(default_factory=dict)
+    verdicts: dict[str, "Verdicts"] = field(default_factory=dict)
     draft_time_s: float = 0.0
     verify_time_s: float = 0.0
     time_to_first_token_s: float = 0.0
@@ -46,7 +71,7 @@ class DecodingMetrics:
         self.num_target_passes += 1
         self.num_drafts += round.num_drafted > 0
         if round.drafter is not None:
-            self.num_drafts_by[round.drafter] = self.num_drafts_by.get(round.drafter, 0) + 1
+            self.verdicts.setdefault(round.drafter, Verdicts()).add(round)
         self.num_drafted += round.num_drafted
         self.num_accepted += round.num_accepted
         self.num_generated += len(round.tokens)

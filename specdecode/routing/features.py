@@ -102,6 +102,7 @@ class Features:
         return np.stack(rows)
 
     def _encode(self, texts: list[str]) -> np.ndarray:
+        texts = [text.strip() or "." for text in texts]  # an encoder without marks around a text has nothing to do with none
         embeddings = self._model.encode(texts, normalize_embeddings=True, show_progress_bar=False, convert_to_numpy=True)
         return np.asarray(embeddings, dtype=np.float32)
 
