@@ -8,7 +8,6 @@ from serve.cluster import connected  # isort: skip  # before all else that impor
 import json
 import logging
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,9 @@ import ray
 from jobs.command import run_job
 from jobs.reading import read_documents
 from specdecode.embedded import resolve_model
+from specdecode.parts import Parts
 from specdecode.training.checkpoints import load_tokenizer
-from specdecode.training.completions import Answerer, Answers, Completion, CompletionJobConfig
+from specdecode.training.completions import Answerer, Completion, CompletionJobConfig, read_part
 from specdecode.training.examples import Formatter
 from specdecode.training.prompts import sample_all_prompts
 
@@ -46,15 +46,16 @@ def generate_completions(config: CompletionJobConfig, *, held_out: bool = False)
     """
     settings = config.completions
     told: dict[str, Any] = {"completions": {"num_actors", "num_gpus", "batch"}, "output_dir": True}
-    answers = Answers(Path(config.output_dir), {**config.model_dump(exclude=told), "held_out": held_out})
+    answers = Parts(config.output_dir, {**config.model_dump(exclude=told), "held_out": held_out})
     documents = read_documents(config.data)
     formatter = Formatter(load_tokenizer(resolve_model(config.target.model)))
     rng = np.random.default_rng([settings.seed, int(held_out)])
-    prompts = sample_all_prompts(
+    sampled = sample_all_prompts(
         documents, config.data.weights, formatter, settings.num_prompts, settings.max_prompt_length, rng, held_out=held_out
     )
+    prompts = [formatter.prompt(prompt) for prompt in sampled]
     parts = [prompts[start : start + settings.part] for start in range(0, len(prompts), settings.part)]
-    missing = [number for number in range(len(parts)) if not answers.is_there(number)]
+    missing = answers.missing(len(parts))
     logger.info("%d prompts to answer, %d of %d parts are there", len(prompts), len(parts) - len(missing), len(parts))
     if missing:
         rows = [{"number": number, "prompts": json.dumps(parts[number])} for number in missing]
@@ -68,7 +69,7 @@ def generate_completions(config: CompletionJobConfig, *, held_out: bool = False)
             logger.info(
                 "part %d of %d: %d tokens, %.0f a second", row["number"] + 1, len(parts), row["num_tokens"], row["rate"]
             )
-    return answers.read(len(parts))
+    return [completion for path in answers.paths(len(parts)) for completion in read_part(path)]
 
 
 if __name__ == "__main__":

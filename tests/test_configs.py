@@ -6,12 +6,14 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from jobs.collect_router_data import CollectionConfig
 from jobs.drills import DrillsConfig
 from jobs.soak import SoakConfig
 from jobs.training_speed import TrainingSpeedConfig
 from serve.config import ServeConfig
 from specdecode.config import check_config, load_config
 from specdecode.evaluation.speed import SpeedConfig
+from specdecode.routing.trainer import RouterTrainingConfig
 from specdecode.training.comparison import ComparisonConfig
 from specdecode.training.draft import DraftTrainingConfig
 from specdecode.training.release import ReleaseConfig
@@ -24,6 +26,8 @@ MODELS: dict[str, type[BaseModel]] = {
     "distill_chat.yaml": DraftTrainingConfig,
     "distill_code.yaml": DraftTrainingConfig,
     "distill_reasoning.yaml": DraftTrainingConfig,
+    "router_collect.yaml": CollectionConfig,
+    "router_train.yaml": RouterTrainingConfig,
     "tiny/benchmark.yaml": SpeedConfig,
     "tiny/compare_drafts.yaml": ComparisonConfig,
     "tiny/compare_losses.yaml": ComparisonConfig,
@@ -34,6 +38,9 @@ MODELS: dict[str, type[BaseModel]] = {
     "tiny/drills.yaml": DrillsConfig,
     "tiny/pretrain_target.yaml": TargetTrainingConfig,
     "tiny/release.yaml": ReleaseConfig,
+    "tiny/router_collect.yaml": CollectionConfig,
+    "tiny/router_test.yaml": CollectionConfig,
+    "tiny/router_train.yaml": RouterTrainingConfig,
     "tiny/soak.yaml": SoakConfig,
     "tiny/tokenizer.yaml": TokenizerConfig,
     "tiny/train_chat.yaml": DraftTrainingConfig,

@@ -14,6 +14,7 @@ LAYERS = {
     "specdecode.errors": 0,
     "specdecode.config": 1,
     "specdecode.embedded": 1,
+    "specdecode.parts": 1,
     "specdecode.text": 2,
     "specdecode.vocabulary": 3,
     "specdecode.backends": 3,

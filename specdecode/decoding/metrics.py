@@ -1,6 +1,9 @@
 """Rounds in, figures out: sums and counts, divided once."""
 
+from collections.abc import Sequence as Several
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from specdecode.decoding.sequence import Round, TokenLogprob
 
@@ -115,3 +118,32 @@ def _count_up_to(counts: list[int], length: int) -> None:
 
 def _ratio(numerator: float, denominator: float) -> float:
     return numerator / denominator if denominator else 0.0
+
+
+def expected_length(runs: Several[np.ndarray], k: int) -> float:
+    """Tokens of a round of `k` drafted ones, the target's own included, on texts whose places accept with these chances.
+
+    A round that stands at place i is expected to give L(i) = 1 + sum over j <= k of the product of the chances of the j places
+    from i on (Leviathan et al. 2023, arXiv 2211.17192, before equation 1, with a chance for each place); beyond the end nothing
+    is drafted. How many rounds a text takes follows from its end: N(i) = 1 + sum over j of P(a round gives j) N(i + j). What
+    is returned is all places by all rounds.
+
+    Args:
+        runs: for each text the chances of its places, [n] each.
+        k: how many tokens are drafted in a round.
+    """
+    num_rounds = sum(_num_rounds(np.asarray(run, dtype=np.float64), k) for run in runs)
+    return sum(map(len, runs)) / num_rounds if num_rounds else 0.0
+
+
+def _num_rounds(chances: np.ndarray, k: int) -> float:
+    """The expected number of rounds that a text takes."""
+    count = len(chances)
+    rounds = np.zeros(count + k + 2)  # beyond the end there is none
+    for place in range(count - 1, -1, -1):
+        reached, expected = 1.0, 1.0
+        for offset, chance in enumerate(chances[place : place + k]):
+            expected += reached * (1 - chance) * rounds[place + offset + 1]
+            reached *= chance
+        rounds[place] = expected + reached * rounds[min(count, place + min(k, count - place) + 1)]
+    return float(rounds[0])

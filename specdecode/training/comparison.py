@@ -116,9 +116,10 @@ def compare(config: ComparisonConfig) -> Iterator[Comparison]:
         documents = {source: load_documents(source, data.data_dir) for source in data.sources}
         texts = _held_out_texts(documents, data, formatter, config)
         rng = np.random.default_rng(config.seed)
-        prompts = sample_all_prompts(
+        sampled_prompts = sample_all_prompts(
             documents, data.sources, formatter, config.num_prompts, config.max_prompt_length, rng, held_out=True
         )
+        prompts = [formatter.prompt(prompt) for prompt in sampled_prompts]
         sampled, greedy = (
             [answer.example() for answer in complete(prompts, backend, NoDrafter(), partial(_params, config, temperature))]
             for temperature in (1.0, 0.0)

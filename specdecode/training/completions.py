@@ -22,11 +22,9 @@ from specdecode.config import StrictModel
 from specdecode.decoding.drafters import Drafter, ModelDrafter, NoDrafter
 from specdecode.decoding.engine import Engine, EngineConfig
 from specdecode.decoding.sequence import Route, SamplingParams, Sequence
-from specdecode.errors import ConfigError
+from specdecode.parts import part_path
 from specdecode.training.data import DataConfig
 from specdecode.training.examples import Example
-
-_ABOUT = "completions.json"
 
 
 class CompletionConfig(StrictModel):
@@ -67,35 +65,6 @@ class Completion:
         return Example.answer(self.prompt, self.tokens)
 
 
-class Answers:
-    """A folder of answers, in parts.
-
-    Args:
-        folder: where they are.
-        about: what they are made of.
-
-    Raises:
-        ConfigError: the folder holds answers that are made of something else.
-    """
-
-    def __init__(self, folder: Path, about: dict[str, Any]) -> None:
-        self._folder = folder
-        told = json.dumps(about, sort_keys=True)
-        path = folder / _ABOUT
-        if path.exists() and path.read_text(encoding="utf-8") != told:
-            raise ConfigError(f"{folder} holds the answers of another configuration: expected a new folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(told, encoding="utf-8")
-
-    def is_there(self, number: int) -> bool:
-        """Whether a part is done."""
-        return part_path(self._folder, number).exists()
-
-    def read(self, num_parts: int) -> list[Completion]:
-        """All parts, in their order."""
-        return [completion for number in range(num_parts) for completion in read_part(part_path(self._folder, number))]
-
-
 class Answerer:
     """Holds the models; answers a part's prompts and writes them down.
 
@@ -123,7 +92,7 @@ class Answerer:
             settings.batch,
             self._config.K,
         )
-        _write(part_path(Path(self._config.output_dir), row["number"]), completions)
+        _write(part_path(self._config.output_dir, row["number"]), completions)
         num_tokens = sum(len(completion.tokens) for completion in completions)
         return {"number": row["number"], "num_tokens": num_tokens, "rate": num_tokens / (time.perf_counter() - started)}
 
@@ -153,11 +122,6 @@ def _params(config: CompletionConfig, number: int) -> SamplingParams:
     return SamplingParams(
         max_tokens=config.max_new_tokens, temperature=config.temperature if is_sampled else 0.0, seed=seed >> 1
     )
-
-
-def part_path(folder: Path, number: int) -> Path:
-    """Where a part is."""
-    return folder / f"part-{number:05}.parquet"
 
 
 def _write(path: Path, completions: list[Completion]) -> None:

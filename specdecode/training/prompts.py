@@ -1,4 +1,4 @@
-"""Documents in, prompts out in exactly the form in which they are served. Knows nothing of models."""
+"""Documents in, prompts out: documents that end where a model is to go on. Knows nothing of models."""
 
 import itertools
 import re
@@ -23,13 +23,13 @@ def sample_all_prompts(
     rng: np.random.Generator,
     *,
     held_out: bool,
-) -> list[list[int]]:
+) -> list[Document]:
     """Prompts from each source in proportion to its weight; only of documents that are held out, or only of the others.
 
     Raises:
         ConfigError: there are none that are short enough.
     """
-    prompts: list[list[int]] = []
+    prompts: list[Document] = []
     for source, count in share_out(num_prompts, weights).items():
         chosen = [document for document in documents[source] if is_held_out(document) == held_out]
         prompts += sample_prompts(chosen, formatter, count, max_length, rng)
@@ -49,28 +49,25 @@ def sample_prompts(
     num_prompts: int,
     max_length: int,
     rng: np.random.Generator,
-) -> list[list[int]]:
+) -> list[Document]:
     """Draws `num_prompts` prompts of at most `max_length` ids, from documents in random order, again and again."""
-    prompts: list[list[int]] = []
+    prompts: list[Document] = []
     for _ in range(100):  # passes: documents that never give a short enough prompt must not make this endless
         for index in rng.permutation(len(documents)):
             if len(prompts) == num_prompts:
                 return prompts
-            ids = sample_prompt(documents[index], formatter, rng)
-            if 0 < len(ids) <= max_length:
-                prompts.append(ids)
+            prompt = sample_prompt(documents[index], rng)
+            if prompt is not None and 0 < len(formatter.prompt(prompt)) <= max_length:
+                prompts.append(prompt)
     return prompts
 
 
-def sample_prompt(document: Document, formatter: Formatter, rng: np.random.Generator) -> list[int]:
+def sample_prompt(document: Document, rng: np.random.Generator) -> Document | None:
     """A conversation up to one of its user turns, ready for the answer; or the first lines of a definition in a text."""
     if document.is_conversation:
         ends = [index + 1 for index, message in enumerate(document.messages) if message.role == "user"]
-        if not ends:
-            return []
-        turns = document.messages[: int(rng.choice(ends))]
-        return formatter.prompt(Document(messages=turns))
-    return formatter.prompt(Document(sample_prefix(document.text, rng)))
+        return Document(messages=document.messages[: int(rng.choice(ends))]) if ends else None
+    return Document(sample_prefix(document.text, rng))
 
 
 def sample_prefix(text: str, rng: np.random.Generator) -> str:

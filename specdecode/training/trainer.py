@@ -22,7 +22,8 @@ from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from specdecode.config import StrictModel
-from specdecode.training.acceptance import expected_length, split_runs
+from specdecode.decoding.metrics import expected_length
+from specdecode.training.acceptance import split_runs
 from specdecode.training.checkpoints import save_checkpoint
 from specdecode.training.losses import LossConfig, Teacher, acceptance, agreement, draft_losses
 from specdecode.training.packing import UNSCORED

@@ -9,8 +9,9 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from specdecode.backends.backend import create_backend
 from specdecode.decoding.drafters import NoDrafter
+from specdecode.decoding.metrics import expected_length
 from specdecode.decoding.sequence import SamplingParams
-from specdecode.training.acceptance import Rounds, count_rounds, expected_length, score
+from specdecode.training.acceptance import Rounds, count_rounds, score
 from specdecode.training.completions import complete
 from specdecode.training.documents import Document
 from specdecode.training.examples import Example, Formatter
