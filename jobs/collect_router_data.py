@@ -37,7 +37,9 @@ logger = logging.getLogger(__name__)
 class PromptSource(StrictModel):
     """Where prompts come from: the built-in ones, a JSONL file, or the documents of a data directory."""
 
-    builtin: Literal["code", "chat", "reasoning"] | None = Field(default=None, description="those of this domain that come along")
+    builtin: Literal["code", "chat", "reasoning"] | None = Field(
+        default=None, description="those of this domain that come along"
+    )
     file: str | None = Field(default=None, description="a JSONL file")
     column: str = Field(default="prompt", description="of the file: a text, or messages of role and content")
     is_chat: bool = Field(default=True, description="whether a text of the file is a message, or to be continued")

@@ -59,6 +59,7 @@ class Access:
             "prompt_tokens": sum(len(choice.generation.tokens) for choice in self.choices),
             "tokens": sum(m.num_generated for m in metrics),
             "draft": (self.choices[0].generation.route.drafter or "none") if self.choices else "-",
+            "drafted_by": ",".join(f"{name}:{found.num_drafts}" for m in metrics for name, found in m.verdicts.items()) or "-",
             "ttft_ms": f"{1e3 * min(first_s):.1f}" if first_s else "-",
             "duration_ms": f"{1e3 * duration_s:.1f}",
             "resumptions": sum(choice.num_resumptions for choice in self.choices),

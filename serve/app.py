@@ -19,6 +19,7 @@ from specdecode.backends.loading import read_config
 from specdecode.decoding.sequence import Route
 from specdecode.errors import ConfigError
 from specdecode.exchange.messages import ModelTokens
+from specdecode.routing.model import AcceptanceModel
 from specdecode.text import Tokenizer
 from specdecode.vocabulary import translate
 
@@ -36,7 +37,8 @@ def build(config: ServeConfig) -> Application:
 
     Raises:
         ConfigError: a deployment has an option that this version of Ray does not know, or options that do not go together.
-        ModelError: a model has no tokenizer, or the tokenizers of a draft and the target have too little in common.
+        ModelError: a model has no tokenizer, the tokenizers of a draft and the target have too little in common, or the learned
+            router is one for other drafts.
     """
     return wire(config, {})
 
@@ -46,6 +48,8 @@ def wire(
 ) -> Application:
     """The same with some deployments' options changed, by name, as `serve deploy` does itself, or with other draft servers."""
     check_vocabularies(config)
+    if config.routing is not None:
+        AcceptanceModel.load(config.routing.checkpoint, list(config.drafts))
     drafts = {name: draft for name, draft in config.draft_models.items() if draft.is_deployed}
     handles = {
         name: _deployment(
@@ -64,9 +68,10 @@ def wire(
         config.model_name,
         config.target.model,
         list(config.drafts),
-        Defaults(Route(config.default_draft, config.k), config.verifier),
+        Defaults(Route(config.default_drafter, config.k), config.verifier),
         config.router,
         target,
+        config.routing,
     )
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -10,7 +10,7 @@ from serve.errors import DeadlineError
 from serve.resumption import Failover, Resumable, Targets
 from serve.target import Generation
 from serve.transcript import Piece, Transcript, Wording
-from specdecode.decoding.metrics import DecodingMetrics
+from specdecode.decoding.metrics import DecodingMetrics, Verdicts
 from specdecode.text import Tokenizer
 
 
@@ -24,10 +24,18 @@ class Choice:
         wording: what the text is to be.
         tokenizer: turns ids into text.
         failover: how much is done when replicas are lost.
+        learn: is told in the end what became of each draft's tokens.
     """
 
     def __init__(
-        self, index: int, targets: Targets, generation: Generation, wording: Wording, tokenizer: Tokenizer, failover: Failover
+        self,
+        index: int,
+        targets: Targets,
+        generation: Generation,
+        wording: Wording,
+        tokenizer: Tokenizer,
+        failover: Failover,
+        learn: Callable[[Mapping[str, Verdicts]], None] | None = None,
     ) -> None:
         self.index = index
         self.generation = generation
@@ -35,9 +43,19 @@ class Choice:
         self.transcript = Transcript(tokenizer, wording)
         self._resumable = Resumable(targets, generation, failover)
         self._is_echoed = wording.echo is not None
+        self._learn = learn
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """Yields the prompt if it is echoed, and a piece for each round; ends the generation when its text ends."""
+        try:
+            async with aclosing(self._pieces()) as pieces:
+                async for piece in pieces:
+                    yield piece
+        finally:
+            if self._learn is not None:
+                self._learn(self.metrics.verdicts)
+
+    async def _pieces(self) -> AsyncGenerator[Piece, None]:
         started = time.perf_counter()
         async with aclosing(self._resumable.rounds()) as rounds:
             async for round in rounds:

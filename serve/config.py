@@ -14,6 +14,7 @@ from specdecode.decoding.drafters import DEFAULT_SUPPORT
 from specdecode.decoding.engine import EngineConfig
 from specdecode.decoding.sequence import VerifierName
 from specdecode.errors import ConfigError
+from specdecode.routing.router import RoutingConfig
 
 
 class BackpressureConfig(StrictModel):
@@ -344,11 +345,16 @@ class ServeConfig(StrictModel):
 
     target: TargetConfig
     drafts: dict[str, DraftConfig] = Field(default_factory=dict)
-    default_draft: str | None = Field(default=None, description="who drafts unless a request says otherwise; nobody if unset")
+    default_draft: str | None = Field(
+        default=None,
+        description="who drafts unless a request says otherwise: a draft, or auto for the learned router; if unset that one if "
+        "there is one, or else nobody",
+    )
     k: int = Field(default=5, ge=0, description="how many tokens are drafted in a round unless a request says otherwise")
     verifier: VerifierName = Field(default="rejection", description="how drafts are accepted unless a request says otherwise")
     served_model_name: str | None = Field(default=None, description="the model's name over HTTP; target.model if unset")
     router: RouterConfig = Field(default_factory=RouterConfig)
+    routing: RoutingConfig | None = Field(default=None, description="the learned router, which chooses a draft by the prompt")
     exchange: ExchangeConfig = Field(default_factory=ExchangeConfig)
 
     @property
@@ -357,16 +363,27 @@ class ServeConfig(StrictModel):
         return self.served_model_name or self.target.model
 
     @property
+    def choosable(self) -> list[str]:
+        """Who may be the default."""
+        return sorted(self.drafts) + (["auto"] if self.routing else [])
+
+    @property
+    def default_drafter(self) -> str | None:
+        """Who drafts unless a request says otherwise."""
+        return self.default_draft or ("auto" if self.routing else None)
+
+    @property
     def draft_models(self) -> dict[str, DraftModelConfig]:
         """The drafts that are models."""
         return {name: draft for name, draft in self.drafts.items() if isinstance(draft, DraftModelConfig)}
 
     @model_validator(mode="after")
     def _check_drafts(self) -> "ServeConfig":
-        if self.default_draft is not None and self.default_draft not in self.drafts:
-            raise ValueError(f"default_draft: expected one of {sorted(self.drafts)}, got {self.default_draft!r}")
-        if "none" in self.drafts:
-            raise ValueError("drafts: none is how a request turns drafting off, and cannot be a draft's name")
+        if self.default_draft is not None and self.default_draft not in self.choosable:
+            raise ValueError(f"default_draft: expected one of {self.choosable}, got {self.default_draft!r}")
+        for name, meaning in (("none", "turns drafting off"), ("auto", "leaves the choice to the learned router")):
+            if name in self.drafts:
+                raise ValueError(f"drafts: {name} is how a request {meaning}, and cannot be a draft's name")
         if self.k > self.router.max_k:
             raise ValueError(f"k: expected at most router.max_k ({self.router.max_k}), got {self.k}")
         return self

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from serve.choice import Choice
 from serve.logprobs import ShownToken, TokenNames, chat_logprobs, completion_logprobs, prompt_logprobs
-from serve.schema import RoundFigures, SpeculativeFigures, Usage
+from serve.schema import RoundFigures, RoutingFigures, SpeculativeFigures, Usage
 from serve.transcript import Piece
 
 
@@ -151,4 +151,21 @@ def figures(choices: list[Choice]) -> SpeculativeFigures:
         tokens_per_second=num_generated / total_time_s if total_time_s else 0.0,
         time_to_first_token_s=min(m.time_to_first_token_s for m in metrics),
         total_time_s=total_time_s,
+        routing=_routing(choices) if generation.route.arms else None,
+    )
+
+
+def _routing(choices: list[Choice]) -> RoutingFigures:
+    route = choices[0].generation.route
+    num_drafts: dict[str, int] = {}
+    for choice in choices:
+        for name, found in choice.metrics.verdicts.items():
+            num_drafts[name] = num_drafts.get(name, 0) + found.num_drafts
+    first = route.arms[0]
+    others = "".join(f", then {name} {count}" for name, count in num_drafts.items() if name != first.drafter)
+    return RoutingFigures(
+        expected_acceptance={arm.drafter: round(arm.acceptance, 4) for arm in route.arms},
+        num_drafts=num_drafts,
+        reason=f"{first.drafter} was expected to be accepted most, {first.acceptance:.0%} of its tokens; it drafted "
+        f"{num_drafts.get(first.drafter, 0)} times{others}",
     )

@@ -60,6 +60,7 @@ METRICS: Mapping[str, Metric] = {
         "counter", "rounds of a sequence that had to do without their draft", ("draft", "cause")
     ),
     "specdecode_routing_choices": Metric("counter", "generations by the draft that was chosen", ("draft", "domain")),
+    "specdecode_routing_seconds": _histogram("from a prompt to what is expected of each draft", _FINE_SECONDS),
     "specdecode_run_ahead_tokens": Metric("counter", "tokens drafted before they were asked for", ("draft",)),
     "specdecode_run_ahead_used_tokens": Metric("counter", "those of them that were asked for", ("draft",)),
     "specdecode_num_requests_running": Metric("gauge", "sequences that are decoded"),

@@ -2,16 +2,22 @@
 
 from collections.abc import Sequence as Several
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from serve.config import RouterConfig, RouterSettings
-from serve.schema import NO_DRAFT, ChatRequest, CompletionRequest, GenerationRequest
+from serve.schema import AUTO_DRAFT, NO_DRAFT, ChatRequest, CompletionRequest, GenerationRequest
 from serve.target import Generation, TargetInfo
 from serve.transcript import Wording
 from specdecode.decoding.sequence import Route, SamplingParams, VerifierName
 from specdecode.errors import RequestError
 from specdecode.text import Tokenizer
 
-Job = tuple[Generation, Wording]
+
+class Job(NamedTuple):
+    """One generation, and what its text is to be."""
+
+    generation: Generation
+    wording: Wording
 
 
 @dataclass(frozen=True)
@@ -38,16 +44,25 @@ class Reader:
         drafts: the drafts that a request may choose.
         defaults: what applies unless a request says otherwise.
         config: what a request may ask for.
+        has_router: whether a request may leave the choice to a learned router.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, target: TargetInfo, drafts: list[str], defaults: Defaults, config: RouterConfig
+        self,
+        tokenizer: Tokenizer,
+        target: TargetInfo,
+        drafts: list[str],
+        defaults: Defaults,
+        config: RouterConfig,
+        *,
+        has_router: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
         self._target = target
         self._drafts = drafts
         self._defaults = defaults
         self._config = config
+        self._has_router = has_router
 
     def completion(self, body: CompletionRequest) -> list[Job]:
         """What a completion is made of: every prompt `n` times.
@@ -68,6 +83,14 @@ class Reader:
         max_tokens = body.max_completion_tokens or body.max_tokens or max(1, self._target.max_length - len(prompt))
         return self._jobs(body, [prompt], max_tokens, [None])
 
+    def texts(self, body: GenerationRequest) -> list[str]:
+        """What each of the prompts is about: itself, or the last message of a chat's user."""
+        if isinstance(body, ChatRequest):
+            asked = [turn.text for turn in body.messages if turn.role == "user"]
+            return [asked[-1] if asked else body.messages[-1].text]
+        assert isinstance(body, CompletionRequest)
+        return [self._text(part) for part in _parts(body.prompt)]
+
     def _jobs(
         self, body: GenerationRequest, prompts: list[list[int]], max_tokens: int, echoes: Several[str | None]
     ) -> list[Job]:
@@ -76,7 +99,7 @@ class Reader:
         route = self._route(body)
         choices = self._params(body, max_tokens).choices(body.n)
         return [
-            (Generation(prompt, params, route), Wording(body.stop_strings, body.min_tokens, echo, max_tokens == 0))
+            Job(Generation(prompt, params, route), Wording(body.stop_strings, body.min_tokens, echo, max_tokens == 0))
             for prompt, echo in zip(prompts, echoes, strict=True)
             for params in choices
         ]
@@ -108,11 +131,12 @@ class Reader:
         return part if isinstance(part, str) else self._tokenizer.decode(part)
 
     def _route(self, body: GenerationRequest) -> Route:
-        """Who drafts for this request. A learned router takes the default's place."""
+        """Who drafts for this request; `AUTO_DRAFT` where the learned router is still to choose."""
         options, default = body.speculative_decoding, self._defaults.route
-        if options.draft is not None and options.draft not in (*self._drafts, NO_DRAFT):
+        known = [*self._drafts, NO_DRAFT, *([AUTO_DRAFT] if self._has_router else [])]
+        if options.draft is not None and options.draft not in known:
             raise RequestError(
-                f"speculative_decoding.draft: expected one of {[*self._drafts, NO_DRAFT]}, got {options.draft!r}",
+                f"speculative_decoding.draft: expected one of {known}, got {options.draft!r}",
                 "speculative_decoding.draft",
             )
         _check_at_most("speculative_decoding.K", options.K or 0, self._config.max_k)

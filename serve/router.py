@@ -10,9 +10,10 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from fastapi import FastAPI, Request
@@ -27,16 +28,19 @@ from serve.choice import Choice, merge
 from serve.config import RouterConfig, RouterSettings
 from serve.envelope import Detail, Envelope, usage
 from serve.errors import BodyLimit, UnavailableError, UnknownModelError, describe_error, install_error_handlers
+from serve.forecaster import Forecaster, Subject
 from serve.keys import ApiKeys, KeyCheck
 from serve.logprobs import TokenNames
 from serve.metrics import Metrics
 from serve.reader import Defaults, Job, Reader
 from serve.resumption import Failover
-from serve.schema import ChatRequest, CompletionRequest, GenerationRequest, ModelCard, ModelList, Usage
-from serve.target import TargetInfo
-from serve.transcript import Piece
+from serve.schema import AUTO_DRAFT, ChatRequest, CompletionRequest, GenerationRequest, ModelCard, ModelList, Usage
+from serve.target import Generation, TargetInfo
+from serve.transcript import Piece, Wording
 from specdecode.config import check_config
+from specdecode.decoding.metrics import Verdicts
 from specdecode.errors import ConfigError
+from specdecode.routing.router import AdaptiveRouter, RoutingConfig
 from specdecode.text import Tokenizer
 
 logger = logging.getLogger("ray.serve")
@@ -54,6 +58,7 @@ class Router:
         defaults: what applies unless a request says otherwise.
         config: what a request may ask for.
         target: the target's deployment.
+        routing: the learned router, if there is one.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
@@ -64,6 +69,7 @@ class Router:
         defaults: Defaults,
         config: RouterConfig,
         target: DeploymentHandle,
+        routing: RoutingConfig | None = None,
     ) -> None:
         self._model = model
         self._drafts = drafts
@@ -71,6 +77,11 @@ class Router:
         self._keys = ApiKeys.load(config, os.environ)
         self._metrics = Metrics()
         self._exporting = asyncio.create_task(self._metrics.keep_exporting())
+        self._forecaster = (
+            None
+            if routing is None
+            else Forecaster(await asyncio.to_thread(AdaptiveRouter.from_config, routing, drafts), self._metrics)
+        )
         self._failover = Failover(config.failover_timeout_s, config.max_resumptions)
         self._tokenizer = Tokenizer(tokenizer)
         self._created = int(time.time())
@@ -98,7 +109,7 @@ class Router:
         """
         try:
             settings = check_config(user_config or {}, RouterSettings, where="user_config of Router")
-            settings.check(self._drafts, self._config.max_k, where="user_config of Router")
+            settings.check(self._choosable, self._config.max_k, where="user_config of Router")
         except ConfigError as error:
             logger.error("refused, all stays as it is: %s", error)
             return
@@ -136,15 +147,33 @@ class Router:
     async def completions(self, body: CompletionRequest, request: Request) -> Response:
         """Continues one or several prompts."""
         self._check_model(body.model)
-        return await self._answer(Access.of(request.scope), body, self._reader().completion(body), "text")
+        jobs = await self._routed(self._reader().completion(body), body)
+        return await self._answer(Access.of(request.scope), body, jobs, "text")
 
     async def chat_completions(self, body: ChatRequest, request: Request) -> Response:
         """Answers a conversation."""
         self._check_model(body.model)
-        return await self._answer(Access.of(request.scope), body, self._reader().chat(body), "chat")
+        jobs = await self._routed(self._reader().chat(body), body)
+        return await self._answer(Access.of(request.scope), body, jobs, "chat")
+
+    async def _routed(self, jobs: list[Job], body: GenerationRequest) -> "list[_Routed]":
+        """Lets the learned router choose where nobody else has."""
+        if self._forecaster is None or jobs[0].generation.route.drafter != AUTO_DRAFT:
+            return [_Routed(*job, None) for job in jobs]
+        prompts = [job.generation.tokens for job in jobs[:: body.n]]
+        is_chat = isinstance(body, ChatRequest)
+        subjects = [
+            Subject(text, len(prompt), is_chat) for text, prompt in zip(self._reader().texts(body), prompts, strict=True)
+        ]
+        forecasts = await self._forecaster.forecast(subjects)
+        k = jobs[0].generation.route.k
+        return [
+            _Routed(replace(job.generation, route=forecast.route(k)), job.wording, partial(self._forecaster.learn, forecast))
+            for job, forecast in zip(jobs, (f for f in forecasts for _ in range(body.n)), strict=True)
+        ]
 
     async def _answer(
-        self, access: Access, body: GenerationRequest, jobs: list[Job], kind: Literal["chat", "text"]
+        self, access: Access, body: GenerationRequest, jobs: "list[_Routed]", kind: Literal["chat", "text"]
     ) -> Response:
         """Generates all that the request asks for, and answers in one piece or as a stream of events."""
         detail = Detail(body.num_logprobs, body.prompt_logprobs, body.speculative_decoding.rounds)
@@ -161,11 +190,10 @@ class Router:
                 pass
         return JSONResponse(envelope.whole(choices, _usage(choices, body)))
 
-    def _choice(self, id: str, index: int, job: Job) -> Choice:
+    def _choice(self, id: str, index: int, job: "_Routed") -> Choice:
         """One of a request's generations. Its seed is chosen here, so that any replica can go on where another was lost."""
-        generation, wording = job
-        generation = replace(generation, id=id, seed=secrets.randbits(64))
-        return Choice(index, self._targets, generation, wording, self._tokenizer, self._failover)
+        generation = replace(job.generation, id=id, seed=secrets.randbits(64))
+        return Choice(index, self._targets, generation, job.wording, self._tokenizer, self._failover, job.learn)
 
     def _target(self) -> "_Known":
         if self._known is None:
@@ -173,7 +201,19 @@ class Router:
         return self._known
 
     def _reader(self) -> Reader:
-        return Reader(self._tokenizer, self._target().info, self._drafts, self._defaults, self._config)
+        return Reader(
+            self._tokenizer,
+            self._target().info,
+            self._drafts,
+            self._defaults,
+            self._config,
+            has_router=self._forecaster is not None,
+        )
+
+    @property
+    def _choosable(self) -> list[str]:
+        """Who may be the default."""
+        return self._drafts + ([] if self._forecaster is None else [AUTO_DRAFT])
 
     def _check_model(self, model: str) -> None:
         if model != self._model:
@@ -183,6 +223,14 @@ class Router:
         return ModelCard(
             id=self._model, created=self._created, max_model_len=self._target().info.max_length, drafts=self._drafts
         )
+
+
+class _Routed(NamedTuple):
+    """A job with who drafts for it, and who is told what came of it."""
+
+    generation: Generation
+    wording: Wording
+    learn: Callable[[Mapping[str, Verdicts]], None] | None
 
 
 class _Known(NamedTuple):

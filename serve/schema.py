@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from specdecode.decoding.sequence import VerifierName
 from specdecode.errors import RequestError
 
-NO_DRAFT = "none"
+NO_DRAFT, AUTO_DRAFT = "none", "auto"
 MAX_LOGPROBS = 20
 MAX_BAD_WORDS = 100
 
@@ -40,7 +40,9 @@ class StreamOptions(_Request):
 class SpeculativeOptions(_Request):
     """How this request is sped up."""
 
-    draft: str | None = Field(default=None, description="a draft's name, or none; the server's default if unset")
+    draft: str | None = Field(
+        default=None, description="a draft's name, none, or auto for the learned router's choice; the server's default if unset"
+    )
     K: int | None = Field(default=None, ge=0, description="how many tokens to draft in a round; 0 turns drafting off")
     verifier: VerifierName | None = Field(default=None, description="how drafts are accepted; the server's default if unset")
     rounds: bool = Field(default=False, description="in a stream, say in each chunk how much of its text was drafted")
@@ -177,6 +179,14 @@ class Usage(BaseModel):
     total_tokens: int
 
 
+class RoutingFigures(BaseModel):
+    """What the learned router expected of a request's first generation, and who drafted."""
+
+    expected_acceptance: dict[str, float] = Field(description="by draft, the best first")
+    num_drafts: dict[str, int] = Field(description="rounds in which each draft guessed")
+    reason: str
+
+
 class SpeculativeFigures(BaseModel):
     """What speculation did for a request; counts are named as vLLM names them."""
 
@@ -193,6 +203,7 @@ class SpeculativeFigures(BaseModel):
     tokens_per_second: float
     time_to_first_token_s: float
     total_time_s: float
+    routing: RoutingFigures | None = None
 
 
 class RoundFigures(BaseModel):

@@ -54,7 +54,9 @@ class TrialConfig(StrictModel):
 
     router: ArmsConfig
     target: ModelConfig
-    mode: Literal["decode", "score"] = Field(default="score", description="decode with each draft, or score the target's answer")
+    mode: Literal["decode", "score"] = Field(
+        default="score", description="decode with each draft, or score the target's answer"
+    )
     K: int = Field(default=5, gt=0)
     max_new_tokens: int = Field(default=128, gt=0)
     temperature: float = Field(default=0.0, ge=0)

@@ -69,7 +69,7 @@ class AcceptanceModel:
 
         Args:
             folder: which.
-            arms: the drafts that there are, in any order; not compared if None.
+            arms: the drafts that there are, in any order, and perhaps others too; not compared if None.
 
         Raises:
             ModelError: there is no router, it is broken, or it is one for other drafts.
@@ -80,7 +80,7 @@ class AcceptanceModel:
             tensors = load_file(folder / _WEIGHTS)
         except (OSError, ValueError, TypeError, SafetensorError) as error:
             raise ModelError(f"router {folder}: expected what jobs.train_router has made: {error}") from error
-        if arms is not None and set(arms) != set(about.arms):
+        if arms is not None and not set(arms) >= set(about.arms):
             raise ModelError(f"router {folder}: is one for the drafts {sorted(about.arms)}: expected one for {sorted(arms)}")
         return AcceptanceModel(about, tensors)
 

@@ -83,7 +83,9 @@ class AdaptiveRouter:
         self._correction = Correction(model.about.arms, features.width) if corrects else None
 
     @staticmethod
-    def from_config(config: "RoutingConfig | dict[str, Any] | str | Path", drafts: Several[str] | None = None) -> "AdaptiveRouter":
+    def from_config(
+        config: "RoutingConfig | dict[str, Any] | str | Path", drafts: Several[str] | None = None
+    ) -> "AdaptiveRouter":
         """Loads a router.
 
         Args:
@@ -129,9 +131,7 @@ class AdaptiveRouter:
         for name, found in verdicts.items():
             num_verdicts = found.num_accepted + found.num_rejected
             if name in forecast.uncorrected:
-                self._correction.add(
-                    forecast.embedding, name, forecast.uncorrected[name], found.num_accepted, num_verdicts
-                )
+                self._correction.add(forecast.embedding, name, forecast.uncorrected[name], found.num_accepted, num_verdicts)
 
     def route_and_decode(
         self,
@@ -161,7 +161,9 @@ class AdaptiveRouter:
             RequestError: a parameter is out of its range.
         """
         if set(draft_models) != set(self.drafts):
-            raise ModelError(f"draft_models: expected {sorted(self.drafts)}, which the router tells apart, got {sorted(draft_models)}")
+            raise ModelError(
+                f"draft_models: expected {sorted(self.drafts)}, which the router tells apart, got {sorted(draft_models)}"
+            )
         if self._tokenizer is None:
             raise ConfigError("router: tokenizer: expected the target's, to read the prompt, got none")
         drafter = RoutedDrafter({name: as_drafter(draft, target) for name, draft in draft_models.items()})
@@ -169,8 +171,6 @@ class AdaptiveRouter:
         is_chat = not self._tokenizer.special_ids.isdisjoint(tokens[len(self._tokenizer.start_ids) :])
         [forecast] = self.forecast([self._tokenizer.decode(tokens).strip()], [len(tokens)], [is_chat])
         options = {"adaptive": True, "tokenizer": self._tokenizer, **options}
-        output, metrics = speculative_decode(
-            target, drafter, input_ids, max_new_tokens, K, route=forecast.route(K), **options
-        )
+        output, metrics = speculative_decode(target, drafter, input_ids, max_new_tokens, K, route=forecast.route(K), **options)
         self.learn(forecast, metrics.verdicts)
         return output, metrics

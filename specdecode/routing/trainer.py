@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence as Several
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -60,9 +61,7 @@ class Examples:
     def chosen(self, places: Several[int]) -> "Examples":
         """Some of them."""
         rows = np.asarray(places, dtype=int)
-        return Examples(
-            [self.trials[row] for row in rows], self.features[rows], self.acceptance[rows], self.num_verdicts[rows]
-        )
+        return Examples([self.trials[row] for row in rows], self.features[rows], self.acceptance[rows], self.num_verdicts[rows])
 
 
 def train_router(config: RouterTrainingConfig) -> Report:
@@ -86,15 +85,15 @@ def train_router(config: RouterTrainingConfig) -> Report:
         if not len(part):
             raise ConfigError(f"records: expected prompts to {name}, got none of {len(known)}")
     if shared := {trial.prompt for trial in training.trials} & {trial.prompt for trial in test.trials}:
-        raise ConfigError(f"test_records: expected prompts that are not learned from, got {len(shared)} such as {min(shared)!r}")
+        raise ConfigError(
+            f"test_records: expected prompts that are not learned from, got {len(shared)} such as {min(shared)!r}"
+        )
     network = _fit(training, validation, config)
     tensors = _calibrated(network, validation)
     names = features.names
     model = AcceptanceModel(About(arms, config.encoder, names, _weights(tensors, validation), {}), tensors)
     found = report(model, training.trials, training.features, test.trials, test.features, config.seed)
-    about = About(
-        arms, config.encoder, names, model.about.weights, {"config": config.model_dump(), "report": asdict(found)}
-    )
+    about = About(arms, config.encoder, names, model.about.weights, {"config": config.model_dump(), "report": asdict(found)})
     AcceptanceModel(about, tensors).save(Path(config.output_dir))
     return found
 

@@ -73,7 +73,9 @@ def alike(costs, *names):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_good_forecast_is_kept_to(seed):
-    world = Routed({"code": 0.85, "chat": 0.4}, alike(MODERATE, "code", "chat"), {"code": 0.8, "chat": 0.4}, seed=seed).rounds(300)
+    world = Routed({"code": 0.85, "chat": 0.4}, alike(MODERATE, "code", "chat"), {"code": 0.8, "chat": 0.4}, seed=seed).rounds(
+        300
+    )
     assert set(world.used) <= {"code", "none"}
     assert world.used.count("code") > 290
 
@@ -186,5 +188,3 @@ def test_a_route_begins_with_one_of_its_arms():
     assert replace(Route("code", 3, arms).through("chat"), k=2) == Route("chat", 2, arms)
     with pytest.raises(RequestError, match="one of the arms, code, chat"):
         Route("generic", 3, arms)
-
-

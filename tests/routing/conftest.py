@@ -1,7 +1,5 @@
 """A small encoder, made here; and records of prompts whose best draft can be told from their words."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
@@ -12,9 +10,52 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from specdecode.routing.records import NONE, Record
 
 WORDS = {
-    "code": "def class import return list parse read file path index self value loop string".split(),
-    "chat": "hello please recommend restaurant movie weekend friend coffee music travel advice thanks".split(),
-    "reasoning": "how many apples total cost each hours miles twice remaining average price sum left".split(),
+    "code": [
+        "def",
+        "class",
+        "import",
+        "return",
+        "list",
+        "parse",
+        "read",
+        "file",
+        "path",
+        "index",
+        "self",
+        "value",
+        "loop",
+        "string",
+    ],
+    "chat": [
+        "hello",
+        "please",
+        "recommend",
+        "restaurant",
+        "movie",
+        "weekend",
+        "friend",
+        "coffee",
+        "music",
+        "travel",
+        "advice",
+        "thanks",
+    ],
+    "reasoning": [
+        "how",
+        "many",
+        "apples",
+        "total",
+        "cost",
+        "each",
+        "hours",
+        "miles",
+        "twice",
+        "remaining",
+        "average",
+        "price",
+        "sum",
+        "left",
+    ],
 }
 TRUE = {
     "code": {"code": 0.85, "chat": 0.3, "generic": 0.6},
@@ -35,7 +76,12 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=64)
     model = BertModel(
         BertConfig(
-            vocab_size=len(wrapped), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, max_position_embeddings=64
+            vocab_size=len(wrapped),
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=48,
+            max_position_embeddings=64,
         )
     )
     model.save_pretrained(folder / "bert")
@@ -62,7 +108,9 @@ def made_records(count: int, seed: int = 0, true: dict[str, dict[str, float]] = 
             lengths = [float(sum(acceptance**n for n in range(k + 1))) for k in range(1, 9)]
             speed = lengths[K - 1] / (1 + 0.1 * K)
             records.append(
-                Record(**common, arm=arm, acceptance=acceptance, num_verdicts=60, accepted_lengths=lengths, tokens_per_second=speed)
+                Record(
+                    **common, arm=arm, acceptance=acceptance, num_verdicts=60, accepted_lengths=lengths, tokens_per_second=speed
+                )
             )
         records.append(Record(**common, arm=NONE, tokens_per_second=1.0))
     return records

@@ -102,9 +102,7 @@ def test_a_line_without_a_prompt_is_named(config: Path, tmp_path: Path, capsys: 
     assert "own.jsonl, line 2: expected JSON with prompt" in capsys.readouterr().err
 
 
-def test_a_router_is_trained_from_its_file(
-    encoder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_router_is_trained_from_its_file(encoder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = tmp_path / "made.parquet"
     write_records(made, made_records(90))
     path = tmp_path / "train.yaml"

@@ -14,7 +14,7 @@ from specdecode.routing.records import write_records
 from specdecode.routing.router import AdaptiveRouter
 from specdecode.routing.trainer import RouterTrainingConfig, train_router
 from specdecode.text import Tokenizer
-from tests.routing.conftest import K, TRUE, WORDS, made_prompt, made_records
+from tests.routing.conftest import TRUE, WORDS, K, made_prompt, made_records
 
 DRAFTS = ("chat", "code", "generic")
 
