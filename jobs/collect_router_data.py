@@ -1,4 +1,4 @@
-"""Tries every draft on prompts, for a router to learn from: `python -m jobs.collect_router_data --config configs/router_collect.yaml`.
+"""Tries every draft on prompts, for a router to learn from: `python -m jobs.collect_router_data --config FILE`.
 
 Stopped, and started again with the same configuration, it goes on where it was.
 """
@@ -171,15 +171,17 @@ def _file(path: Path, source: PromptSource) -> Iterator[Document]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"prompts: {path} cannot be read: {error}") from error
-    for number, line in enumerate(lines, start=1):
-        try:
-            value = json.loads(line)[source.column]
-            if isinstance(value, list):
-                yield Document(messages=tuple(Message(turn["role"], turn["content"]) for turn in value))
-            else:
-                yield _message(str(value)) if source.is_chat else Document(str(value))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"prompts: {path}, line {number}: expected JSON with {source.column}: {error!r}") from error
+    yield from (_line(line, source, f"{path}, line {number}") for number, line in enumerate(lines, start=1))
+
+
+def _line(line: str, source: PromptSource, where: str) -> Document:
+    try:
+        value = json.loads(line)[source.column]
+        if isinstance(value, list):
+            return Document(messages=tuple(Message(turn["role"], turn["content"]) for turn in value))
+        return _message(str(value)) if source.is_chat else Document(str(value))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"prompts: {where}: expected JSON with {source.column}: {error!r}") from error
 
 
 def _message(text: str) -> Document:

@@ -1,4 +1,4 @@
-"""Prompts in, forecasts out, off the event loop: all prompts that wait are forecast together, and meanwhile the next ones gather."""
+"""Prompts in, forecasts out, off the event loop: all that wait are forecast together, and meanwhile the next ones gather."""
 
 import asyncio
 import time
@@ -58,9 +58,9 @@ class Forecaster:
         loop = asyncio.get_running_loop()
         while self._waiting:
             batch, self._waiting = self._waiting[:_MAX_BATCH], self._waiting[_MAX_BATCH:]
-            columns = zip(*(subject for subject, _ in batch), strict=True)
+            texts, lengths, is_chat = zip(*(subject for subject, _ in batch), strict=True)
             try:
-                found = await loop.run_in_executor(self._thread, self._router.forecast, *columns)
+                found = await loop.run_in_executor(self._thread, self._router.forecast, texts, lengths, is_chat)
             except Exception as error:  # of all that wait for it
                 for _, future in batch:
                     if not future.done():

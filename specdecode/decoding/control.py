@@ -3,7 +3,7 @@
 A round that drafts k tokens for a sequence yields (1 - a^(k + 1)) / (1 - a) tokens on average if each drafted token is accepted
 with probability a (Leviathan et al. 2023, equation 1), and costs the time to draft and to verify them. Acceptance is estimated
 for each sequence, times are measured, and the lengths with the best ratio for the whole batch are taken, zero included. A
-sequence whose route has several arms goes to the one with the best ratio for it, if what it still has to say pays for the change.
+sequence whose route has several arms goes to the one with the best ratio for it, if what is still to be said pays for that.
 """
 
 import weakref

@@ -125,10 +125,13 @@ class Collector:
         arms = [NONE, *self._drafts]
         shift = number % len(arms)
         for arm in arms[shift:] + arms[:shift]:
-            try:
-                yield _decoded(prompt.record(arm), self._decode(prompt, arm, self._config.max_new_tokens), self._config.K)
-            except (SpecDecodeError, RuntimeError) as error:  # such as torch's, out of memory
-                yield _failed(prompt.record(arm), error)
+            yield self._decoded_with(prompt, arm)
+
+    def _decoded_with(self, prompt: RouterPrompt, arm: str) -> Record:
+        try:
+            return _decoded(prompt.record(arm), self._decode(prompt, arm, self._config.max_new_tokens), self._config.K)
+        except (SpecDecodeError, RuntimeError) as error:  # such as torch's, out of memory
+            return _failed(prompt.record(arm), error)
 
     def _decode(self, prompt: RouterPrompt, arm: str, max_new_tokens: int) -> DecodingMetrics:
         _, metrics = speculative_decode(

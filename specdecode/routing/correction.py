@@ -1,6 +1,6 @@
 """What drafts turned out to do in, what to expect on prompts like those out: corrects a router that has been trained before.
 
-Near a prompt, in the space of its features, forecasts are taken to have been wrong in the same way: the correction is their mean
+Near a prompt, in the space of embeddings, forecasts are taken to have been wrong in the same way: the correction is their mean
 error there, weighted by likeness (Nadaraya 1964, Watson 1964), and shrunk towards none where little is like it.
 """
 

@@ -32,8 +32,8 @@ _HINTS = {
         re.IGNORECASE,
     ),
     "reasoning": re.compile(
-        r"\b(?:how (?:many|much|long|far|old)|total|each|every|per|sum|average|percent|twice|half|times|altogether|remaining|left"
-        r"|cost|price|hours?|minutes?|miles?|if|then|solve|prove|calculate|equation)\b|\d+|[+*/%=^]|\$\d",
+        r"\b(?:how (?:many|much|long|far|old)|total|each|every|per|sum|average|percent|twice|half|times|altogether|remaining"
+        r"|left|cost|price|hours?|minutes?|miles?|if|then|solve|prove|calculate|equation)\b|\d+|[+*/%=^]|\$\d",
         re.IGNORECASE,
     ),
 }

@@ -12,6 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 from specdecode.errors import ModelError
 
+# Standard deviations from the mean; what is farther counts as so far.
+FARTHEST = 4.0
 _WEIGHTS, _ABOUT = "model.safetensors", "router.json"
 
 
@@ -50,7 +52,8 @@ class AcceptanceModel:
     def logits(self, features: np.ndarray) -> np.ndarray:
         """[n, features] -> [n, arms]."""
         t = self._tensors
-        hidden = np.maximum(0.0, ((features - t["mean"]) / t["scale"]) @ t["hidden.weight"].T + t["hidden.bias"])
+        standardised = ((features - t["mean"]) / t["scale"]).clip(-FARTHEST, FARTHEST)
+        hidden = np.maximum(0.0, standardised @ t["hidden.weight"].T + t["hidden.bias"])
         return (hidden @ t["output.weight"].T + t["output.bias"]) * t["calibration"][:, 0] + t["calibration"][:, 1]
 
     def predict(self, features: np.ndarray) -> np.ndarray:

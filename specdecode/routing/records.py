@@ -1,4 +1,4 @@
-"""What each arm did on each prompt, as rows in a file: made by collection and by served traffic, read by the router's training."""
+"""What each arm did on each prompt, as rows of a file: collected, or of served traffic; a router learns from them."""
 
 import json
 import math

@@ -1,6 +1,6 @@
 """Prompts in, for each the drafts that may guess and what is expected of them out.
 
-Which of them guesses, and how much, is decided where times are measured: `decoding.control` takes the draft that promises the most
+Which of them guesses, and how much, is decided where times are measured: `decoding.control` takes the draft that promises most
 tokens per second, and leaves it when it disappoints. What then came of it corrects what is expected of prompts like this one.
 """
 

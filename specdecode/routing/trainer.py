@@ -10,16 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812  as everyone calls it
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments
 
 from specdecode.config import StrictModel
 from specdecode.errors import ConfigError
 from specdecode.routing.features import DEFAULT_ENCODER, Features
-from specdecode.routing.model import About, AcceptanceModel
+from specdecode.routing.model import FARTHEST, About, AcceptanceModel
 from specdecode.routing.records import NONE, Record, read_records
 from specdecode.routing.report import Report, Trial, report
 
@@ -48,7 +48,7 @@ class RouterTrainingConfig(StrictModel):
 
 @dataclass(frozen=True)
 class Examples:
-    """Prompts as numbers: features [n, features]; acceptance [n, arms], nan where nothing is known; and what it was counted on."""
+    """Prompts as numbers: features [n, features]; acceptance [n, arms], nan where unknown; verdicts it was counted on."""
 
     trials: list[Trial]
     features: np.ndarray
@@ -148,6 +148,9 @@ def _split(examples: Examples, config: RouterTrainingConfig, *, has_test: bool) 
 class Network(nn.Module):
     """The perceptron that is trained; see `AcceptanceModel` for what is kept of it."""
 
+    mean: Tensor
+    scale: Tensor
+
     def __init__(self, mean: Tensor, scale: Tensor, hidden_size: int, num_arms: int, dropout: float) -> None:
         super().__init__()
         self.register_buffer("mean", mean)
@@ -158,7 +161,8 @@ class Network(nn.Module):
 
     def forward(self, features: Tensor, acceptance: Tensor, weight: Tensor) -> dict[str, Tensor]:
         """The binary cross-entropy of acceptance as a chance, [batch, arms], weighted; 0 where nothing is known."""
-        hidden = torch.relu(self.hidden((features - self.mean) / self.scale))
+        standardised = ((features - self.mean) / self.scale).clamp(-FARTHEST, FARTHEST)
+        hidden = torch.relu(self.hidden(standardised))
         logits = self.output(self.dropout(hidden))
         losses = F.binary_cross_entropy_with_logits(logits, acceptance, weight, reduction="sum")
         return {"loss": losses / weight.sum().clamp(min=1e-6), "logits": logits}
@@ -166,7 +170,8 @@ class Network(nn.Module):
 
 def _fit(training: Examples, validation: Examples, config: RouterTrainingConfig) -> Network:
     torch.manual_seed(config.seed)
-    mean, scale = training.features.mean(0), training.features.std(0) + 1e-3
+    mean, scale = training.features.mean(0), training.features.std(0)
+    scale[scale < 1e-4] = np.inf  # what never differed tells nothing, and must not when it does one day
     network = Network(
         torch.from_numpy(mean), torch.from_numpy(scale), config.hidden_size, training.acceptance.shape[1], config.dropout
     )
@@ -210,7 +215,7 @@ def _dataset(examples: Examples) -> Dataset:
 
 
 def _calibrated(network: Network, validation: Examples) -> dict[str, np.ndarray]:
-    """The network's tensors, with the factor and the shift of each arm's logit that fit the validation prompts best (Platt 1999)."""
+    """The network's tensors, with the factor and shift of each arm's logit that fit the validation prompts (Platt 1999)."""
     tensors = {name: value.detach().numpy() for name, value in network.state_dict().items()}
     dataset = _dataset(validation)[:]
     with torch.no_grad():

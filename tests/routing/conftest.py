@@ -7,56 +7,15 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Transfor
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from specdecode.routing.records import NONE, Record
+from specdecode.routing.records import NONE, Record, write_records
+from specdecode.routing.trainer import RouterTrainingConfig, train_router
 
-WORDS = {
-    "code": [
-        "def",
-        "class",
-        "import",
-        "return",
-        "list",
-        "parse",
-        "read",
-        "file",
-        "path",
-        "index",
-        "self",
-        "value",
-        "loop",
-        "string",
-    ],
-    "chat": [
-        "hello",
-        "please",
-        "recommend",
-        "restaurant",
-        "movie",
-        "weekend",
-        "friend",
-        "coffee",
-        "music",
-        "travel",
-        "advice",
-        "thanks",
-    ],
-    "reasoning": [
-        "how",
-        "many",
-        "apples",
-        "total",
-        "cost",
-        "each",
-        "hours",
-        "miles",
-        "twice",
-        "remaining",
-        "average",
-        "price",
-        "sum",
-        "left",
-    ],
+_TEXTS = {
+    "code": "def class import return list parse read file path index self value loop string",
+    "chat": "hello please recommend restaurant movie weekend friend coffee music travel advice thanks",
+    "reasoning": "how many apples total cost each hours miles twice remaining average price sum left",
 }
+WORDS = {domain: text.split() for domain, text in _TEXTS.items()}
 TRUE = {
     "code": {"code": 0.85, "chat": 0.3, "generic": 0.6},
     "chat": {"code": 0.2, "chat": 0.8, "generic": 0.55},
@@ -114,3 +73,20 @@ def made_records(count: int, seed: int = 0, true: dict[str, dict[str, float]] = 
             )
         records.append(Record(**common, arm=NONE, tokens_per_second=1.0))
     return records
+
+
+@pytest.fixture(scope="session")
+def checkpoint(encoder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A router of three drafts that was trained on such records."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_records(folder / "records.parquet", made_records(300))
+    train_router(
+        RouterTrainingConfig(
+            records=[str(folder / "records.parquet")],
+            output_dir=str(folder / "router"),
+            encoder=encoder,
+            device="cpu",
+            num_epochs=40,
+        )
+    )
+    return str(folder / "router")

@@ -1,4 +1,4 @@
-"""The router sends a prompt to the draft that suits it, whatever it says the output is the target's, and it learns from mistakes."""
+"""A prompt goes to the draft that suits it; the output is the target's whatever it says, and it learns from mistakes."""
 
 from pathlib import Path
 
@@ -10,29 +10,11 @@ from specdecode import create_backend, speculative_decode
 from specdecode.decoding.metrics import Verdicts
 from specdecode.errors import ConfigError, ModelError
 from specdecode.routing.features import Features
-from specdecode.routing.records import write_records
 from specdecode.routing.router import AdaptiveRouter
-from specdecode.routing.trainer import RouterTrainingConfig, train_router
 from specdecode.text import Tokenizer
-from tests.routing.conftest import TRUE, WORDS, K, made_prompt, made_records
+from tests.routing.conftest import TRUE, WORDS, K, made_prompt
 
 DRAFTS = ("chat", "code", "generic")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(encoder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("trained")
-    write_records(folder / "records.parquet", made_records(300))
-    train_router(
-        RouterTrainingConfig(
-            records=[str(folder / "records.parquet")],
-            output_dir=str(folder / "router"),
-            encoder=encoder,
-            device="cpu",
-            num_epochs=40,
-        )
-    )
-    return str(folder / "router")
 
 
 def router_of(checkpoint: str, **values: object) -> AdaptiveRouter:
@@ -120,7 +102,7 @@ def test_after_a_change_of_the_traffic_half_of_the_loss_is_made_good_within_200_
     assert np.mean(losses[100:]) < 0.2 * losses[0]
 
 
-def test_what_does_not_fit_is_refused(checkpoint: str, encoder: str, tmp_path: Path) -> None:
+def test_what_does_not_fit_is_refused(checkpoint: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="is one for the drafts"):
         AdaptiveRouter.from_config({"checkpoint": checkpoint}, ["code", "chat"])
     with pytest.raises(ModelError, match=r"missing: expected what jobs\.train_router has made"):

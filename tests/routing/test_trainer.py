@@ -57,6 +57,15 @@ def test_the_checkpoint_says_what_it_is_for(tmp_path: Path, encoder: str) -> Non
         AcceptanceModel.load(config.output_dir, ["code"])
 
 
+def test_what_never_differed_in_training_changes_nothing(tmp_path: Path, encoder: str) -> None:
+    """All prompts had 10 tokens."""
+    config = config_of(tmp_path, encoder, num_epochs=2)
+    train_router(config)
+    model, features = AcceptanceModel.load(config.output_dir), Features(encoder, device="cpu")
+    short, long = (model.predict(features.of(["def class"], [length], [False])) for length in (10, 2000))
+    np.testing.assert_array_equal(short, long)
+
+
 def test_two_trainings_are_equal(tmp_path: Path, encoder: str) -> None:
     assert train_router(config_of(tmp_path, encoder, num_epochs=3)) == train_router(config_of(tmp_path, encoder, num_epochs=3))
 
@@ -78,7 +87,7 @@ def test_speeds_are_those_of_the_formula() -> None:
     ("change", "message"),
     [
         (lambda records: [r for r in records if r.arm in ("code", NONE)], "at least two drafts, got \\['code'\\]"),
-        (lambda records: [], "expected records, found none"),
+        (lambda _: [], "expected records, found none"),
         (lambda records: [*records, replace(records[0], acceptance=float("nan"))], "expected finite figures"),
         (lambda records: [*records, replace(records[0], acceptance=1.5)], r"expected a number in \[0, 1\], got 1.5"),
     ],

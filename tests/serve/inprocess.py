@@ -12,6 +12,7 @@ from serve.reader import Defaults
 from serve.router import Router
 from serve.target import Admission, Generation, Item, TargetInfo
 from specdecode.decoding.sequence import Round, Route
+from specdecode.routing.router import RoutingConfig
 
 BODY: dict[str, Any] = {"model": "tiny", "prompt": "def", "max_tokens": 8}
 
@@ -72,11 +73,14 @@ class _FakeStream:
 
 
 @asynccontextmanager
-async def routed(target: FakeTarget, **config: Any) -> AsyncIterator[tuple[httpx.AsyncClient, Router]]:
-    """A client of a router before the target."""
+async def routed(
+    target: FakeTarget, routing: RoutingConfig | None = None, **config: Any
+) -> AsyncIterator[tuple[httpx.AsyncClient, Router]]:
+    """A client of a router before the target, with a learned router if that is configured."""
     router = Router.__new__(Router)
-    defaults = Defaults(Route("code", 4), "rejection")
-    await Router.__init__(router, "tiny", "tiny/target", ["code", "chat"], defaults, RouterConfig(**config), target)  # type: ignore[misc, arg-type]
+    defaults = Defaults(Route("code" if routing is None else "auto", 4), "rejection")
+    drafts = ["code", "chat", "generic"] if routing else ["code", "chat"]
+    await Router.__init__(router, "tiny", "tiny/target", drafts, defaults, RouterConfig(**config), target, routing)  # type: ignore[misc, arg-type]
     await asyncio.sleep(0)  # for the target's answer
     transport = httpx.ASGITransport(router.__serve_build_asgi_app__(), raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://router") as client:
