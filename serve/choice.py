@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -10,7 +10,7 @@ from serve.errors import DeadlineError
 from serve.resumption import Failover, Resumable, Targets
 from serve.target import Generation
 from serve.transcript import Piece, Transcript, Wording
-from specdecode.decoding.metrics import DecodingMetrics, Verdicts
+from specdecode.decoding.metrics import DecodingMetrics
 from specdecode.text import Tokenizer
 
 
@@ -24,7 +24,7 @@ class Choice:
         wording: what the text is to be.
         tokenizer: turns ids into text.
         failover: how much is done when replicas are lost.
-        learn: is told in the end what became of each draft's tokens.
+        on_end: is told in the end what it took.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Choice:
         wording: Wording,
         tokenizer: Tokenizer,
         failover: Failover,
-        learn: Callable[[Mapping[str, Verdicts]], None] | None = None,
+        on_end: Callable[[DecodingMetrics], None] = lambda _: None,
     ) -> None:
         self.index = index
         self.generation = generation
@@ -43,7 +43,7 @@ class Choice:
         self.transcript = Transcript(tokenizer, wording)
         self._resumable = Resumable(targets, generation, failover)
         self._is_echoed = wording.echo is not None
-        self._learn = learn
+        self._on_end = on_end
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """Yields the prompt if it is echoed, and a piece for each round; ends the generation when its text ends."""
@@ -52,8 +52,7 @@ class Choice:
                 async for piece in pieces:
                     yield piece
         finally:
-            if self._learn is not None:
-                self._learn(self.metrics.verdicts)
+            self._on_end(self.metrics)
 
     async def _pieces(self) -> AsyncGenerator[Piece, None]:
         started = time.perf_counter()

@@ -303,6 +303,13 @@ class ExchangeConfig(StrictModel):
         return self
 
 
+class RecordsConfig(StrictModel):
+    """Where records of served requests go; they are written on the routers' nodes."""
+
+    folder: str = Field(min_length=1, description="each router appends to a file of its own there")
+    keep_prompts: bool = Field(default=False, description="write down what was asked: only so can anything be learned from it")
+
+
 class RouterConfig(StrictModel):
     """The HTTP side: its deployment, and what a request may ask for."""
 
@@ -321,6 +328,7 @@ class RouterConfig(StrictModel):
     max_resumptions: int = Field(
         default=3, ge=0, description="on how many further replicas an answer is taken up at the most when its own is lost"
     )
+    records: RecordsConfig | None = Field(default=None, description="writes down what requests came to; nothing if unset")
     api_keys_env: str | None = Field(default=None, min_length=1, description="an environment variable that holds API keys")
     api_keys_file: str | None = Field(default=None, min_length=1, description="a file that holds API keys, one a line")
 

@@ -10,7 +10,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
@@ -33,14 +33,15 @@ from serve.keys import ApiKeys, KeyCheck
 from serve.logprobs import TokenNames
 from serve.metrics import Metrics
 from serve.reader import Defaults, Job, Reader
+from serve.recorder import Recorder
 from serve.resumption import Failover
 from serve.schema import AUTO_DRAFT, ChatRequest, CompletionRequest, GenerationRequest, ModelCard, ModelList, Usage
 from serve.target import Generation, TargetInfo
 from serve.transcript import Piece, Wording
 from specdecode.config import check_config
-from specdecode.decoding.metrics import Verdicts
+from specdecode.decoding.metrics import DecodingMetrics
 from specdecode.errors import ConfigError
-from specdecode.routing.router import AdaptiveRouter, RoutingConfig
+from specdecode.routing.router import AdaptiveRouter, Forecast, RoutingConfig
 from specdecode.text import Tokenizer
 
 logger = logging.getLogger("ray.serve")
@@ -82,6 +83,8 @@ class Router:
             if routing is None
             else Forecaster(await asyncio.to_thread(AdaptiveRouter.from_config, routing, drafts), self._metrics)
         )
+        records = config.records
+        self._recorder = None if records is None else Recorder(records.folder, keeps_prompts=records.keep_prompts)
         self._failover = Failover(config.failover_timeout_s, config.max_resumptions)
         self._tokenizer = Tokenizer(tokenizer)
         self._created = int(time.time())
@@ -158,19 +161,15 @@ class Router:
 
     async def _routed(self, jobs: list[Job], body: GenerationRequest) -> "list[_Routed]":
         """Lets the learned router choose where nobody else has."""
-        if self._forecaster is None or jobs[0].generation.route.drafter != AUTO_DRAFT:
-            return [_Routed(*job, None) for job in jobs]
-        prompts = [job.generation.tokens for job in jobs[:: body.n]]
-        is_chat = isinstance(body, ChatRequest)
+        prompts, is_chat = [job.generation.tokens for job in jobs[:: body.n]], isinstance(body, ChatRequest)
         subjects = [
             Subject(text, len(prompt), is_chat) for text, prompt in zip(self._reader().texts(body), prompts, strict=True)
         ]
-        forecasts = await self._forecaster.forecast(subjects)
-        k = jobs[0].generation.route.k
-        return [
-            _Routed(replace(job.generation, route=forecast.route(k)), job.wording, partial(self._forecaster.learn, forecast))
-            for job, forecast in zip(jobs, (f for f in forecasts for _ in range(body.n)), strict=True)
-        ]
+        forecasts: list[Forecast | None] = [None] * len(subjects)
+        if self._forecaster is not None and jobs[0].generation.route.drafter == AUTO_DRAFT:
+            forecasts = list(await self._forecaster.forecast(subjects))
+        pairs = [pair for pair in zip(subjects, forecasts, strict=True) for _ in range(body.n)]
+        return [_Routed(*_chosen(job, pair[1]), *pair) for job, pair in zip(jobs, pairs, strict=True)]
 
     async def _answer(
         self, access: Access, body: GenerationRequest, jobs: "list[_Routed]", kind: Literal["chat", "text"]
@@ -193,7 +192,15 @@ class Router:
     def _choice(self, id: str, index: int, job: "_Routed") -> Choice:
         """One of a request's generations. Its seed is chosen here, so that any replica can go on where another was lost."""
         generation = replace(job.generation, id=id, seed=secrets.randbits(64))
-        return Choice(index, self._targets, generation, job.wording, self._tokenizer, self._failover, job.learn)
+        on_end = partial(self._learn, job, id)
+        return Choice(index, self._targets, generation, job.wording, self._tokenizer, self._failover, on_end)
+
+    def _learn(self, job: "_Routed", id: str, metrics: DecodingMetrics) -> None:
+        """Hands on what a generation came to."""
+        if self._forecaster is not None and job.forecast is not None:
+            self._forecaster.learn(job.forecast, metrics.verdicts)
+        if self._recorder is not None:
+            self._recorder.add(job.subject, job.generation.route, metrics, id)
 
     def _target(self) -> "_Known":
         if self._known is None:
@@ -226,11 +233,19 @@ class Router:
 
 
 class _Routed(NamedTuple):
-    """A job with who drafts for it, and who is told what came of it."""
+    """A job, what its prompt is about, and what is expected of the drafts, if the learned router was asked."""
 
     generation: Generation
     wording: Wording
-    learn: Callable[[Mapping[str, Verdicts]], None] | None
+    subject: Subject
+    forecast: Forecast | None
+
+
+def _chosen(job: Job, forecast: Forecast | None) -> Job:
+    """The job with who drafts for it."""
+    if forecast is None:
+        return job
+    return job._replace(generation=replace(job.generation, route=forecast.route(job.generation.route.k)))
 
 
 class _Known(NamedTuple):

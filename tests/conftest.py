@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Pr
 
 os.environ.setdefault("RAY_AUTH_MODE", "token")  # as serve.cluster does, and before any test imports Ray
 
+pytest_plugins = ("tests.routing.made",)
+
 VOCAB_SIZE = 61
 
 # (verifier, drafter, K) -> settings, sequences whose probability was compared, and the largest difference from the target's.

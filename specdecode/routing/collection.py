@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 
 from specdecode.backends.backend import ModelBackend, ModelConfig, Row, open_model
 from specdecode.config import StrictModel
-from specdecode.decoding.drafters import Drafter, ModelDrafter, NoDrafter
+from specdecode.decoding.drafters import Drafter, ModelDrafter, NoDrafter, RoutedDrafter
 from specdecode.decoding.loop import generate, speculative_decode
 from specdecode.decoding.metrics import DecodingMetrics, expected_length
 from specdecode.decoding.sequence import Route, SamplingParams, Sequence
@@ -129,17 +129,19 @@ class Collector:
 
     def _decoded_with(self, prompt: RouterPrompt, arm: str) -> Record:
         try:
-            return _decoded(prompt.record(arm), self._decode(prompt, arm, self._config.max_new_tokens), self._config.K)
+            metrics = self._decode(prompt, arm, self._config.max_new_tokens)
+            return as_record(prompt.record(arm), metrics, self._config.K, arm)
         except (SpecDecodeError, RuntimeError) as error:  # such as torch's, out of memory
             return _failed(prompt.record(arm), error)
 
     def _decode(self, prompt: RouterPrompt, arm: str, max_new_tokens: int) -> DecodingMetrics:
         _, metrics = speculative_decode(
             self._target,
-            self._drafters[arm],
+            RoutedDrafter({arm: self._drafters[arm]}),
             torch.tensor([prompt.tokens]),
             max_new_tokens,
             self._config.K,
+            route=Route(arm),
             temperature=self._config.temperature,
             seed=self._config.seed,
         )
@@ -213,14 +215,16 @@ class Collector:
         return self._round_times[arm]
 
 
-def _decoded(record: Record, metrics: DecodingMetrics, k: int) -> Record:
-    speed = metrics.num_generated / metrics.total_time_s
-    found = next(iter(metrics.verdicts.values()), None)
+def as_record(record: Record, metrics: DecodingMetrics, k: int, arm: str) -> Record:
+    """The record with the figures of one arm of a generation that drafted at the most `k` tokens a round."""
+    speed = metrics.tokens_per_second
+    found = metrics.verdicts.get(arm)
     if found is None:
-        return replace(record, tokens_per_second=speed)
+        return replace(record, arm=arm, tokens_per_second=speed)
     reached = [count / metrics.num_drafts for count in metrics.num_accepted_at]
     return replace(
         record,
+        arm=arm,
         acceptance=found.acceptance,
         num_verdicts=found.num_accepted + found.num_rejected,
         accepted_lengths=[1 + sum(reached[:depth]) for depth in range(1, k + 1)],

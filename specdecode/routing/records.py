@@ -31,7 +31,7 @@ class Record:
         accepted_lengths: tokens of a round with 1, 2, ... drafted ones, the target's own included.
         k: how many are drafted.
         tokens_per_second: at that many.
-        mode: `decoded`, or `scored` in one pass over the target's own answer.
+        mode: `decoded`, `scored` in one pass over the target's own answer, or `served` to somebody.
         error: what went wrong; the figures are then 0.
     """
 
@@ -67,13 +67,13 @@ def write_records(path: Path, records: Iterable[Record]) -> None:
 
 
 def read_records(path: str | Path) -> list[Record]:
-    """Reads what `write_records` wrote: a file, or all Parquet files of a folder.
+    """Reads what `write_records` wrote, or a server as JSON lines: a file, or all such files of a folder.
 
     Raises:
         ConfigError: there are none, or a row is not one.
     """
     path = Path(path)
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    files = sorted([*path.glob("*.parquet"), *path.glob("*.jsonl")]) if path.is_dir() else [path]
     try:
         rows = [row for file in files for row in _rows(file)]
     except (OSError, ValueError) as error:  # pyarrow's and json's own are such
@@ -87,6 +87,8 @@ def _rows(file: Path) -> list[dict[str, Any]]:
     if file.suffix == ".json":
         rows: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
         return rows
+    if file.suffix == ".jsonl":
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     table: list[dict[str, Any]] = pq.read_table(file).to_pylist()
     return table
 

@@ -15,7 +15,7 @@ import yaml
 from jobs.collect_router_data import main as collect
 from jobs.train_router import main as train
 from specdecode.routing.records import NONE, read_records, write_records
-from tests.routing.conftest import made_records
+from tests.routing.made import made_records
 
 ROOT = Path(__file__).parents[2]
 DRAFTS = ("code", "chat", "reasoning")

@@ -12,7 +12,7 @@ from specdecode.errors import ConfigError, ModelError
 from specdecode.routing.features import Features
 from specdecode.routing.router import AdaptiveRouter
 from specdecode.text import Tokenizer
-from tests.routing.conftest import TRUE, WORDS, K, made_prompt
+from tests.routing.made import TRUE, WORDS, K, made_prompt
 
 DRAFTS = ("chat", "code", "generic")
 

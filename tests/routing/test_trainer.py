@@ -13,7 +13,7 @@ from specdecode.routing.model import AcceptanceModel
 from specdecode.routing.records import NONE, write_records
 from specdecode.routing.report import predicted_speeds
 from specdecode.routing.trainer import RouterTrainingConfig, train_router
-from tests.routing.conftest import TRUE, WORDS, K, made_records
+from tests.routing.made import TRUE, WORDS, K, made_records
 
 
 def config_of(tmp_path: Path, encoder: str, records: Any = None, **values: Any) -> RouterTrainingConfig:

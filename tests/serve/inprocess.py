@@ -24,14 +24,18 @@ class FakeTarget:
         period_s: how long a round takes.
         is_loaded: whether it describes itself; if not, that takes for ever.
         is_there: whether it takes anything on.
+        drafter: who drafts half of the tokens; nobody if None.
     """
 
-    def __init__(self, period_s: float = 0.0, *, is_loaded: bool = True, is_there: bool = True) -> None:
+    def __init__(
+        self, period_s: float = 0.0, *, is_loaded: bool = True, is_there: bool = True, drafter: str | None = None
+    ) -> None:
         self.asked: list[Generation] = []
         self.num_open = 0
         self._period_s = period_s
         self._is_loaded = is_loaded
         self._is_there = is_there
+        self._drafter = drafter
         self._method = ""
 
     def options(self, method_name: str, **_: Any) -> Any:
@@ -48,7 +52,11 @@ class FakeTarget:
         yield Admission("replica")
         for number in range(1, generation.params.max_tokens + 1):
             await asyncio.sleep(self._period_s)
-            yield [Round([300], 0, 0, "length" if number == generation.params.max_tokens else None, 0.0, 0.0)]
+            finish_reason = "length" if number == generation.params.max_tokens else None
+            if self._drafter and generation.route.drafter:  # of four tokens the first is accepted
+                yield [Round([300, 300], 4, 1, finish_reason, 0.0, 0.0, drafter=self._drafter)]
+            else:
+                yield [Round([300], 0, 0, finish_reason, 0.0, 0.0)]
 
 
 class _Describe:

@@ -14,9 +14,10 @@ from serve.metrics import Metrics
 from specdecode.config import check_config
 from specdecode.decoding.metrics import Verdicts
 from specdecode.errors import ConfigError, ModelError
+from specdecode.routing.records import NONE, read_records
 from specdecode.routing.router import AdaptiveRouter, RoutingConfig
 from specdecode.text import Tokenizer
-from tests.routing.conftest import TRUE, checkpoint, encoder, made_prompt  # noqa: F401  the fixtures
+from tests.routing.made import TRUE, made_prompt
 from tests.serve.conftest import Expect
 from tests.serve.inprocess import FakeTarget, routed
 from tests.serve.serving import serving, small_config
@@ -43,7 +44,7 @@ async def ask(client: httpx.AsyncClient, domain: str, **options: Any) -> dict[st
     return answer
 
 
-def test_each_prompt_goes_to_the_draft_that_suits_it(checkpoint: str) -> None:  # noqa: F811
+def test_each_prompt_goes_to_the_draft_that_suits_it(checkpoint: str) -> None:
     async def test() -> None:
         target = FakeTarget()
         async with routed(target, RoutingConfig(checkpoint=checkpoint)) as (client, _):
@@ -60,7 +61,7 @@ def test_each_prompt_goes_to_the_draft_that_suits_it(checkpoint: str) -> None:  
     asyncio.run(test())
 
 
-def test_several_prompts_of_a_request_are_routed_each(checkpoint: str) -> None:  # noqa: F811
+def test_several_prompts_of_a_request_are_routed_each(checkpoint: str) -> None:
     async def test() -> None:
         target = FakeTarget()
         async with routed(target, RoutingConfig(checkpoint=checkpoint)) as (client, _):
@@ -80,7 +81,7 @@ def test_several_prompts_of_a_request_are_routed_each(checkpoint: str) -> None: 
     ("options", "drafter"),
     [({"draft": "chat"}, "chat"), ({"draft": "none"}, None), ({"K": 0}, None), ({"draft": "auto", "K": 2}, "code")],
 )
-def test_a_request_may_choose_otherwise(checkpoint: str, options: dict[str, Any], drafter: str | None) -> None:  # noqa: F811
+def test_a_request_may_choose_otherwise(checkpoint: str, options: dict[str, Any], drafter: str | None) -> None:
     async def test() -> None:
         target = FakeTarget()
         async with routed(target, RoutingConfig(checkpoint=checkpoint)) as (client, _):
@@ -103,7 +104,7 @@ def test_auto_is_refused_where_there_is_no_learned_router() -> None:
     asyncio.run(test())
 
 
-def test_prompts_that_come_together_are_forecast_together_and_the_loop_goes_on(checkpoint: str) -> None:  # noqa: F811
+def test_prompts_that_come_together_are_forecast_together_and_the_loop_goes_on(checkpoint: str) -> None:
     async def test() -> None:
         router = AdaptiveRouter.from_config({"checkpoint": checkpoint})
         batches: list[int] = []
@@ -139,7 +140,7 @@ def test_prompts_that_come_together_are_forecast_together_and_the_loop_goes_on(c
     asyncio.run(test())
 
 
-def test_what_came_of_a_request_is_learned(checkpoint: str) -> None:  # noqa: F811
+def test_what_came_of_a_request_is_learned(checkpoint: str) -> None:
     async def test() -> None:
         forecaster = Forecaster(AdaptiveRouter.from_config({"checkpoint": checkpoint}), Metrics())
         subject = Subject(TEXTS["code"], 9, False)
@@ -152,13 +153,13 @@ def test_what_came_of_a_request_is_learned(checkpoint: str) -> None:  # noqa: F8
     asyncio.run(test())
 
 
-def config_of(checkpoint: str, **values: Any) -> ServeConfig:  # noqa: F811
+def config_of(checkpoint: str, **values: Any) -> ServeConfig:
     drafts = {name: {"model": f"tiny/draft-{name}"} for name in DRAFTS} | {"lookup": {"method": "ngram"}}
     told = {"target": {"model": "tiny/target"}, "drafts": drafts, "routing": {"checkpoint": checkpoint}}
     return check_config(told | values, ServeConfig, where="test")
 
 
-def test_the_configuration_says_who_chooses(checkpoint: str) -> None:  # noqa: F811
+def test_the_configuration_says_who_chooses(checkpoint: str) -> None:
     assert config_of(checkpoint).default_drafter == "auto"
     assert config_of(checkpoint, default_draft="lookup").default_drafter == "lookup"
     assert config_of(checkpoint, routing=None).default_drafter is None
@@ -168,7 +169,7 @@ def test_the_configuration_says_who_chooses(checkpoint: str) -> None:  # noqa: F
         config_of(checkpoint, drafts={"auto": {"method": "ngram"}})
 
 
-def test_a_router_for_other_drafts_is_refused_before_anything_is_started(checkpoint: str) -> None:  # noqa: F811
+def test_a_router_for_other_drafts_is_refused_before_anything_is_started(checkpoint: str) -> None:
     from serve.app import build
 
     config = config_of(checkpoint, drafts={"code": {"model": "tiny/draft-code"}})
@@ -176,7 +177,7 @@ def test_a_router_for_other_drafts_is_refused_before_anything_is_started(checkpo
         build(config)
 
 
-def test_a_server_routes(checkpoint: str, tmp_path: Path, expect: Expect, tokenizer: Tokenizer) -> None:  # noqa: F811
+def test_a_server_routes(checkpoint: str, tmp_path: Path, expect: Expect, tokenizer: Tokenizer) -> None:
     def change(args: dict[str, Any]) -> None:
         args["drafts"] = {name: {"model": f"tiny/draft-{name}", "placement": "local"} for name in DRAFTS}
         args["routing"] = {"checkpoint": checkpoint}
@@ -197,3 +198,59 @@ def test_a_server_routes(checkpoint: str, tmp_path: Path, expect: Expect, tokeni
         assert '"routing": {"expected_acceptance"' in events
         [line] = server.wait_for_lines("request ", "route=/v1/completions")
         assert "drafted_by=code:" in line
+
+
+@pytest.mark.parametrize("keeps_prompts", [True, False])
+def test_what_requests_came_to_is_written_down_where_that_is_wanted(
+    checkpoint: str,
+    tmp_path: Path,
+    keeps_prompts: bool,
+) -> None:
+    folder = tmp_path / "records"
+
+    async def test() -> None:
+        async with routed(
+            FakeTarget(drafter="code"),
+            RoutingConfig(checkpoint=checkpoint),
+            records={"folder": str(folder), "keep_prompts": keeps_prompts},
+        ) as (client, router):
+            await ask(client, "code")
+            await ask(client, "chat", speculative_decoding={"draft": "none"}, n=2)
+            assert router._recorder is not None
+            router._recorder._thread.shutdown()
+
+    asyncio.run(test())
+    drafted, *plain = read_records(folder)
+    assert (drafted.arm, drafted.acceptance, drafted.num_verdicts, drafted.k) == ("code", 0.5, 8, 4)
+    assert drafted.accepted_lengths == [2, 2, 2, 2]
+    assert [record.arm for record in plain] == [NONE, NONE]
+    assert len({record.prompt_id for record in [drafted, *plain]}) == 3
+    assert [record.prompt for record in [drafted, plain[0]]] == ([TEXTS["code"], TEXTS["chat"]] if keeps_prompts else ["", ""])
+    assert {record.mode for record in plain} == {"served"}
+
+
+def test_nothing_is_written_down_unless_it_is_wanted(checkpoint: str) -> None:
+    async def test() -> None:
+        async with routed(FakeTarget(), RoutingConfig(checkpoint=checkpoint)) as (_, router):
+            assert router._recorder is None
+
+    asyncio.run(test())
+
+
+def test_a_disk_that_takes_nothing_fails_no_request(
+    checkpoint: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (tmp_path / "records").write_text("a file where a folder should be")
+
+    async def test() -> None:
+        records = {"folder": str(tmp_path / "records")}
+        async with routed(FakeTarget(), RoutingConfig(checkpoint=checkpoint), records=records) as (client, router):
+            for _ in range(3):
+                await ask(client, "code")
+            assert router._recorder is not None
+            router._recorder._thread.shutdown()
+
+    asyncio.run(test())
+    assert len([line for line in caplog.messages if "records of requests are lost" in line]) == 1

@@ -2,13 +2,10 @@
 
 import numpy as np
 import pytest
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from specdecode.routing.records import NONE, Record, write_records
-from specdecode.routing.trainer import RouterTrainingConfig, train_router
 
 _TEXTS = {
     "code": "def class import return list parse read file path index self value loop string",
@@ -27,6 +24,9 @@ K = 4
 @pytest.fixture(scope="session")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A sentence-transformers folder of a random BERT of two small layers."""
+    from sentence_transformers import SentenceTransformer  # which takes seconds
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
     folder = tmp_path_factory.mktemp("encoder")
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -78,6 +78,8 @@ def made_records(count: int, seed: int = 0, true: dict[str, dict[str, float]] = 
 @pytest.fixture(scope="session")
 def checkpoint(encoder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A router of three drafts that was trained on such records."""
+    from specdecode.routing.trainer import RouterTrainingConfig, train_router
+
     folder = tmp_path_factory.mktemp("trained")
     write_records(folder / "records.parquet", made_records(300))
     train_router(
