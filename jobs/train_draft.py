@@ -61,7 +61,7 @@ def train_draft(config: DraftTrainingConfig, *, resume: bool = False) -> Trainin
     """
     run = Run(config, config.training, resume=resume)
     check(config)
-    return run.train(partial(prepare, config), _work)
+    return run.train(partial(prepare, config), work)
 
 
 def check(config: DraftTrainingConfig) -> None:
@@ -146,7 +146,7 @@ def completions(config: DraftTrainingConfig, *, held_out: bool) -> list[Completi
     )
 
 
-def _work(told: dict[str, Any]) -> None:
+def work(told: dict[str, Any]) -> None:
     """What each process does."""
     config = check_config(told["config"], DraftTrainingConfig, where="train_draft")
     report(told, config.training, partial(learn, config, Path(told["blocks"])))

@@ -72,6 +72,7 @@ def wire(
         config.router,
         target,
         config.routing,
+        config.canaries,
     )
 
 

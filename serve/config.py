@@ -8,6 +8,7 @@ from pydantic import Discriminator, Field, Tag, ValidationError, field_validator
 from ray import serve
 from ray.serve.config import AutoscalingConfig
 
+from serve.canary import CanaryConfig
 from specdecode.backends.backend import ModelConfig
 from specdecode.config import StrictModel, describe_validation_error
 from specdecode.decoding.drafters import DEFAULT_SUPPORT
@@ -363,6 +364,9 @@ class ServeConfig(StrictModel):
     served_model_name: str | None = Field(default=None, description="the model's name over HTTP; target.model if unset")
     router: RouterConfig = Field(default_factory=RouterConfig)
     routing: RoutingConfig | None = Field(default=None, description="the learned router, which chooses a draft by the prompt")
+    canaries: dict[str, CanaryConfig] = Field(
+        default_factory=dict, description="by draft, another one that takes a share of its requests; not of those that name it"
+    )
     exchange: ExchangeConfig = Field(default_factory=ExchangeConfig)
 
     @property
@@ -389,6 +393,9 @@ class ServeConfig(StrictModel):
     def _check_drafts(self) -> "ServeConfig":
         if self.default_draft is not None and self.default_draft not in self.choosable:
             raise ValueError(f"default_draft: expected one of {self.choosable}, got {self.default_draft!r}")
+        for name, canary in self.canaries.items():
+            if missing := {name, canary.draft} - self.drafts.keys():
+                raise ValueError(f"canaries: {name}: expected drafts of {sorted(self.drafts)}, got {min(missing)!r}")
         for name, meaning in (("none", "turns drafting off"), ("auto", "leaves the choice to the learned router")):
             if name in self.drafts:
                 raise ValueError(f"drafts: {name} is how a request {meaning}, and cannot be a draft's name")

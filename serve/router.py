@@ -10,7 +10,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
@@ -24,6 +24,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.types import Receive, Scope, Send
 
 from serve.access import Access, AccessLog
+from serve.canary import CanaryConfig, with_canaries
 from serve.choice import Choice, merge
 from serve.config import RouterConfig, RouterSettings
 from serve.envelope import Detail, Envelope, usage
@@ -60,6 +61,7 @@ class Router:
         config: what a request may ask for.
         target: the target's deployment.
         routing: the learned router, if there is one.
+        canaries: drafts that take a share of others' requests.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
@@ -71,6 +73,7 @@ class Router:
         config: RouterConfig,
         target: DeploymentHandle,
         routing: RoutingConfig | None = None,
+        canaries: Mapping[str, CanaryConfig] | None = None,
     ) -> None:
         self._model = model
         self._drafts = drafts
@@ -88,6 +91,7 @@ class Router:
         self._failover = Failover(config.failover_timeout_s, config.max_resumptions)
         self._tokenizer = Tokenizer(tokenizer)
         self._created = int(time.time())
+        self._canaries = canaries or {}
         self._given_defaults = self._defaults = defaults
         # gRPC: the target notices a router that was killed, which it does not where Ray's own calls carry the stream.
         self._targets = target.options(method_name="generate", stream=True, _by_reference=False)
@@ -150,16 +154,18 @@ class Router:
     async def completions(self, body: CompletionRequest, request: Request) -> Response:
         """Continues one or several prompts."""
         self._check_model(body.model)
-        jobs = await self._routed(self._reader().completion(body), body)
-        return await self._answer(Access.of(request.scope), body, jobs, "text")
+        access = Access.of(request.scope)
+        jobs = await self._routed(self._reader().completion(body), body, access.id)
+        return await self._answer(access, body, jobs, "text")
 
     async def chat_completions(self, body: ChatRequest, request: Request) -> Response:
         """Answers a conversation."""
         self._check_model(body.model)
-        jobs = await self._routed(self._reader().chat(body), body)
-        return await self._answer(Access.of(request.scope), body, jobs, "chat")
+        access = Access.of(request.scope)
+        jobs = await self._routed(self._reader().chat(body), body, access.id)
+        return await self._answer(access, body, jobs, "chat")
 
-    async def _routed(self, jobs: list[Job], body: GenerationRequest) -> "list[_Routed]":
+    async def _routed(self, jobs: list[Job], body: GenerationRequest, id: str) -> "list[_Routed]":
         """Lets the learned router choose where nobody else has."""
         prompts, is_chat = [job.generation.tokens for job in jobs[:: body.n]], isinstance(body, ChatRequest)
         subjects = [
@@ -169,7 +175,11 @@ class Router:
         if self._forecaster is not None and jobs[0].generation.route.drafter == AUTO_DRAFT:
             forecasts = list(await self._forecaster.forecast(subjects))
         pairs = [pair for pair in zip(subjects, forecasts, strict=True) for _ in range(body.n)]
-        return [_Routed(*_chosen(job, pair[1]), *pair) for job, pair in zip(jobs, pairs, strict=True)]
+        canaries = {} if body.speculative_decoding.draft in self._drafts else self._canaries
+        return [
+            _Routed(_chosen(job.generation, pair[1], canaries, id), job.wording, *pair)
+            for job, pair in zip(jobs, pairs, strict=True)
+        ]
 
     async def _answer(
         self, access: Access, body: GenerationRequest, jobs: "list[_Routed]", kind: Literal["chat", "text"]
@@ -241,11 +251,12 @@ class _Routed(NamedTuple):
     forecast: Forecast | None
 
 
-def _chosen(job: Job, forecast: Forecast | None) -> Job:
-    """The job with who drafts for it."""
-    if forecast is None:
-        return job
-    return job._replace(generation=replace(job.generation, route=forecast.route(job.generation.route.k)))
+def _chosen(
+    generation: Generation, forecast: Forecast | None, canaries: Mapping[str, CanaryConfig], request_id: str
+) -> Generation:
+    """The generation with who drafts for it."""
+    route = generation.route if forecast is None else forecast.route(generation.route.k)
+    return replace(generation, route=with_canaries(route, canaries, request_id))
 
 
 class _Known(NamedTuple):

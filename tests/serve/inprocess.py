@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 
+from serve.canary import CanaryConfig
 from serve.config import RouterConfig
 from serve.reader import Defaults
 from serve.router import Router
@@ -82,13 +83,26 @@ class _FakeStream:
 
 @asynccontextmanager
 async def routed(
-    target: FakeTarget, routing: RoutingConfig | None = None, **config: Any
+    target: FakeTarget,
+    routing: RoutingConfig | None = None,
+    canaries: dict[str, CanaryConfig] | None = None,
+    **config: Any,
 ) -> AsyncIterator[tuple[httpx.AsyncClient, Router]]:
     """A client of a router before the target, with a learned router if that is configured."""
     router = Router.__new__(Router)
     defaults = Defaults(Route("code" if routing is None else "auto", 4), "rejection")
     drafts = ["code", "chat", "generic"] if routing else ["code", "chat"]
-    await Router.__init__(router, "tiny", "tiny/target", drafts, defaults, RouterConfig(**config), target, routing)  # type: ignore[misc, arg-type]
+    await Router.__init__(  # type: ignore[misc]
+        router,
+        "tiny",
+        "tiny/target",
+        drafts,
+        defaults,
+        RouterConfig(**config),
+        target,  # type: ignore[arg-type]
+        routing,
+        canaries,
+    )
     await asyncio.sleep(0)  # for the target's answer
     transport = httpx.ASGITransport(router.__serve_build_asgi_app__(), raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://router") as client:

@@ -1,6 +1,7 @@
 """A served router chooses a draft for each prompt, off the event loop, says why, and learns; a request may choose otherwise."""
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,13 @@ import httpx
 import numpy as np
 import pytest
 
+from serve.canary import CanaryConfig, with_canaries
 from serve.config import ServeConfig
 from serve.forecaster import Forecaster, Subject
 from serve.metrics import Metrics
 from specdecode.config import check_config
 from specdecode.decoding.metrics import Verdicts
+from specdecode.decoding.sequence import Arm, Route
 from specdecode.errors import ConfigError, ModelError
 from specdecode.routing.records import NONE, read_records
 from specdecode.routing.router import AdaptiveRouter, RoutingConfig
@@ -254,3 +257,31 @@ def test_a_disk_that_takes_nothing_fails_no_request(
 
     asyncio.run(test())
     assert len([line for line in caplog.messages if "records of requests are lost" in line]) == 1
+
+
+def test_a_share_of_a_drafts_requests_goes_to_its_canary() -> None:
+    arms = (Arm("code", 0.8), Arm("chat", 0.5))
+    canaries = {"code": CanaryConfig(draft="code-next", share=0.25)}
+    routes = [with_canaries(Route("code", 4, arms), canaries, f"request-{number}") for number in range(2000)]
+    taken = [route for route in routes if route.drafter == "code-next"]
+    assert 430 < len(taken) < 570
+    assert all([arm.drafter for arm in route.arms] == ["code-next", "chat"] for route in taken)
+    assert with_canaries(Route("code", 4), canaries, "request-1") == replace(routes[1], arms=())  # the same one each time
+    for route in (Route(), Route("chat", 4)):
+        assert {with_canaries(route, canaries, f"request-{number}") for number in range(50)} == {route}
+
+
+def test_a_request_that_names_a_draft_gets_that_one() -> None:
+    async def test() -> None:
+        target = FakeTarget()
+        async with routed(target, canaries={"code": CanaryConfig(draft="chat", share=1.0)}) as (client, _):
+            assert (await ask(client, "code"))["draft"] == "chat"
+            assert (await ask(client, "code", speculative_decoding={"draft": "code"}))["draft"] == "code"
+
+    asyncio.run(test())
+
+
+def test_a_canary_is_a_draft_that_there_is(checkpoint: str) -> None:
+    assert config_of(checkpoint, canaries={"code": {"draft": "chat", "share": 0.1}}).canaries["code"].share == 0.1
+    with pytest.raises(ConfigError, match="canaries: code: expected drafts of .*, got 'next'"):
+        config_of(checkpoint, canaries={"code": {"draft": "next", "share": 0.1}})
