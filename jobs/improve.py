@@ -1,7 +1,7 @@
 """Makes a draft better at what it is asked: `python -m jobs.improve --config FILE [--set key=value ...] [--resume]`.
 
-From records of served requests to a Serve configuration: the target answers their prompts, the draft is distilled on the answers,
-and the old and the new one are compared on prompts that were kept back. Only a draft that is better, by more than chance, is
+From records of served requests to a Serve configuration: the target answers their prompts, the draft is distilled on that, and
+the old and the new one are compared on prompts that were kept back. Only a draft that is better, by more than chance, is
 written into a configuration, in which it takes a share of the old one's requests. Nothing is replaced.
 """
 
@@ -85,8 +85,8 @@ class Gain:
         """One line for people."""
         low, high = self.interval
         return (
-            f"{self.old:.3f} tokens of a round before, {self.new:.3f} after: {self.ratio:.3f} [{low:.3f}, {high:.3f}] times, on "
-            f"{self.num_prompts} prompts"
+            f"{self.old:.3f} tokens of a round before, {self.new:.3f} after: {self.ratio:.3f} [{low:.3f}, {high:.3f}] times, "
+            f"on {self.num_prompts} prompts"
         )
 
 
@@ -130,7 +130,7 @@ def improve(config: ImproveConfig, *, resume: bool = False) -> Gain:
     gain = _compare(config, target, compared, resolve_model(draft.model), str(new))
     logger.info("%s", gain.summary())
     if gain.is_real:
-        _write_config(config, draft, new)
+        _write_config(config, new)
     return gain
 
 
@@ -202,7 +202,7 @@ def _compare(config: ImproveConfig, target: str, prompts: list[list[int]], old: 
     return Gain(float(lengths[0]), float(lengths[1]), float(lengths[1] / lengths[0]), (float(low), float(high)), len(answers))
 
 
-def _write_config(config: ImproveConfig, draft: DraftModelConfig, new: Path) -> None:
+def _write_config(config: ImproveConfig, new: Path) -> None:
     """The deployed configuration with one draft more, which takes a share of the old one's requests."""
     values = read_yaml(config.serve_config)
     arguments: dict[str, Any] = values["applications"][0]["args"]

@@ -24,7 +24,7 @@ def worse(tmp_path_factory: pytest.TempPathFactory) -> str:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weights in model.parameters():
-            weights += 0.5 * weights.std() * torch.randn(weights.shape, generator=generator)
+            weights += 0.3 * weights.std() * torch.randn(weights.shape, generator=generator)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(resolve_model("tiny/draft-generic")).save_pretrained(folder)
     return str(folder)
@@ -57,12 +57,12 @@ def values(worse: str, tmp_path: Path) -> dict[str, Any]:
         "share": 0.25,
         "training": {
             "output_dir": str(tmp_path / "improved"),
-            "num_train_steps": 12,
+            "num_train_steps": 60,
             "per_device_batch_size": 4,
             "sequence_length": 128,
             "learning_rate": 0.002,
             "num_warmup_steps": 2,
-            "validate_every": 4,
+            "validate_every": 20,
             "num_validation_blocks": 2,
             "num_workers": 0,
             "K": 4,

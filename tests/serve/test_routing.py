@@ -283,5 +283,5 @@ def test_a_request_that_names_a_draft_gets_that_one() -> None:
 
 def test_a_canary_is_a_draft_that_there_is(checkpoint: str) -> None:
     assert config_of(checkpoint, canaries={"code": {"draft": "chat", "share": 0.1}}).canaries["code"].share == 0.1
-    with pytest.raises(ConfigError, match="canaries: code: expected drafts of .*, got 'next'"):
+    with pytest.raises(ConfigError, match=r"canaries: code: expected drafts of .*, got 'next'"):
         config_of(checkpoint, canaries={"code": {"draft": "next", "share": 0.1}})
