@@ -23,6 +23,7 @@ from jobs.reading import read
 from specdecode.backends.backend import ModelConfig
 from specdecode.config import check_config
 from specdecode.embedded import resolve_model
+from specdecode.errors import ConfigError
 from specdecode.training.checkpoints import load_tokenizer
 from specdecode.training.completions import Completion, CompletionJobConfig
 from specdecode.training.data import TRAINING, VALIDATION, training_blocks, validation_blocks, write_blocks
@@ -86,6 +87,7 @@ def about_teacher(config: DraftTrainingConfig) -> dict[str, Any]:
     return {
         "target": config.model.target_model,
         "data": config.data.model_dump(),
+        "also_validate": {domain: data.model_dump() for domain, data in config.also_validate.items()},
         "top_k": distillation.loss.top_k,
         "temperature": distillation.loss.temperature,
         "target_share": distillation.target_share,
@@ -112,6 +114,11 @@ def make_blocks(config: DraftTrainingConfig, folder: Path) -> Path:
         shares = {_TEXT: 1 - distillation.target_share, _ANSWERS: distillation.target_share}
     if distillation.enabled:
         held_out = {**held_out, _ANSWERS: _answers(config, held_out=True)}
+    for domain, data in config.also_validate.items():
+        if domain in held_out:
+            raise ConfigError(f"also_validate: {domain}: expected another name than those of data and answers")
+        aside = read(data, name, training.num_validation_blocks * training.sequence_length * 50, needs_all=False)
+        held_out[domain] = [example for found in aside.held_out.values() for example in found]
     rng = np.random.default_rng([training.seed, 7])
     mixed = islice(interleave(streams, shares, rng), training.num_blocks)
     write_blocks(folder / TRAINING, [("training", mixed)])

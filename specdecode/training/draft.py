@@ -61,6 +61,10 @@ class DraftTrainingConfig(StrictModel):
 
     model: DraftModelConfig = Field(default_factory=DraftModelConfig)
     data: DataConfig
+    also_validate: dict[str, DataConfig] = Field(
+        default_factory=dict,
+        description="held-out data of other domains, by the name to show: does not decide which checkpoint is best",
+    )
     training: TrainingConfig
     distillation: DistillationConfig = Field(default_factory=DistillationConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
@@ -113,6 +117,7 @@ def learn(
         vocab_size=shared_vocabulary(config.model) if cache else None,
         speak=speaker(blocks / PROMPTS, tokenizer, config) if share else None,
         own_share=share,
+        asides=frozenset(config.also_validate),
         callbacks=callbacks,
     )
     return trainer.run(checkpoint)

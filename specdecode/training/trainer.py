@@ -132,6 +132,7 @@ class DraftTrainer(transformers.Trainer):
         vocab_size: how many tokens both models have, where the blocks hold what the teacher says.
         speak: makes batches of the student's own words, for the steps in `own_share`.
         own_share: how many of the steps, of 1, learn from those.
+        asides: groups of `validation` whose figures are shown, and are no part of those of all.
         callbacks: are told of what happens.
     """
 
@@ -149,6 +150,7 @@ class DraftTrainer(transformers.Trainer):
         vocab_size: int | None = None,
         speak: Speak | None = None,
         own_share: float = 0.0,
+        asides: frozenset[str] = frozenset(),
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         self._objective = Objective(loss)
@@ -164,6 +166,7 @@ class DraftTrainer(transformers.Trainer):
         self._vocab_size = vocab_size
         self._speak = speak
         self._own_share = own_share
+        self._asides = asides
         self._groups = sorted(set(validation["group"]))
         self._pace = Pace()
         if log.use_wandb:
@@ -276,9 +279,8 @@ class DraftTrainer(transformers.Trainer):
         """Loss, acceptance, accepted length and agreement: of all, and of each group."""
         figures, groups = prediction.predictions
         rows = {name: groups == number for number, name in enumerate(self._groups)}
-        chosen = {"": np.ones(len(groups), dtype=bool)} | (
-            {f"{n}_": where for n, where in rows.items()} if len(rows) > 1 else {}
-        )
+        counts = np.isin(groups, [number for number, name in enumerate(self._groups) if name not in self._asides])
+        chosen = {"": counts} | ({f"{n}_": where for n, where in rows.items()} if len(rows) > 1 else {})
         return {
             f"{prefix}{name}": value
             for prefix, where in chosen.items()

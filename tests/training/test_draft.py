@@ -104,6 +104,15 @@ def test_a_group_has_its_own_figures_though_a_batch_holds_several(
             assert together[f"{name}_{figure}"] == pytest.approx(value, rel=1e-5)
 
 
+def test_what_is_looked_at_aside_does_not_count(values: dict[str, Any], examples: list[Example], blocks: Path) -> None:
+    found = validation_blocks({"": examples[:20]}, 8, 32, 0, 0)[""]
+    write_blocks(blocks / VALIDATION, {"own": found[:4], "chat": found[4:]}.items())
+    values["also_validate"] = {"chat": values["data"]}
+    figures = learn(config_of(values, training__num_train_steps=1), blocks).validation
+    assert figures["loss"] == pytest.approx(figures["own_loss"]) != pytest.approx(figures["chat_loss"])
+    assert figures["acceptance"] == pytest.approx(figures["own_acceptance"])
+
+
 def test_figures_go_to_tensorboard_where_that_is_asked_for(values: dict[str, Any], blocks: Path) -> None:
     config = config_of(values, logging__use_tensorboard=True)
     learn(config, blocks)
