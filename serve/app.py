@@ -73,6 +73,7 @@ def wire(
         target,
         config.routing,
         config.canaries,
+        [name for name, draft in config.draft_models.items() if draft.idle_share],
     )
 
 

@@ -24,7 +24,7 @@ class Choice:
         wording: what the text is to be.
         tokenizer: turns ids into text.
         failover: how much is done when replicas are lost.
-        on_end: is told in the end what it took.
+        on_end: is shown the choice when it has ended, however it did.
     """
 
     def __init__(
@@ -35,11 +35,12 @@ class Choice:
         wording: Wording,
         tokenizer: Tokenizer,
         failover: Failover,
-        on_end: Callable[[DecodingMetrics], None] = lambda _: None,
+        on_end: "Callable[[Choice], None]" = lambda _: None,
     ) -> None:
         self.index = index
         self.generation = generation
         self.metrics = DecodingMetrics()
+        self.tokens: list[int] = []  # of the answer
         self.transcript = Transcript(tokenizer, wording)
         self._resumable = Resumable(targets, generation, failover)
         self._is_echoed = wording.echo is not None
@@ -52,7 +53,7 @@ class Choice:
                 async for piece in pieces:
                     yield piece
         finally:
-            self._on_end(self.metrics)
+            self._on_end(self)
 
     async def _pieces(self) -> AsyncGenerator[Piece, None]:
         started = time.perf_counter()
@@ -62,6 +63,7 @@ class Choice:
                     yield self.transcript.echo(self.generation.tokens, round.prompt_logprobs)
                 piece = self.transcript.add(round)
                 self.metrics.add(piece.round, time.perf_counter() - started)
+                self.tokens += piece.round.tokens
                 yield piece
                 if piece.finish_reason is not None:
                     return

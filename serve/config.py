@@ -205,6 +205,13 @@ class DraftModelConfig(DeployedModel, _Lookup):
         default=0.0, ge=0, le=1, description="a draft ends where its model gives all of it less than this probability"
     )
     lookup_first: bool = Field(default=False, description="ask the model only where a lookup as of method ngram finds nothing")
+    idle_share: float = Field(
+        default=0.0,
+        ge=0,
+        le=0.5,
+        description="how much of its time, of 1, it may read answers that others drafted, while it has nothing else to do: "
+        "the learned router is told how it would have done",
+    )
     run_ahead: bool = Field(
         default=False,
         description="draft on while the target verifies, as if it accepted everything; for a draft with a device of its own",

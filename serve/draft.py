@@ -19,6 +19,7 @@ from specdecode.exchange.connection import Limits
 from specdecode.exchange.listener import Listener
 from specdecode.exchange.messages import ModelTokens
 from specdecode.exchange.scheduler import DraftScheduler, SchedulerConfig
+from specdecode.routing.scoring import Budget, read_within
 
 LOOPBACK = "127.0.0.1"
 
@@ -59,6 +60,7 @@ class DraftServer:
         self._backend = backend
         self._listener = Listener(scheduler, limits, exchange.tls.server_context() if exchange.tls else None)
         self._ports = exchange.port_range
+        self._budget = Budget(config.idle_share)
         self._node_id = ray.get_runtime_context().get_node_id()
         self._metrics = Metrics()
         self._tasks = [asyncio.create_task(self._metrics.keep_exporting()), asyncio.create_task(self._keep_counting(name))]
@@ -79,6 +81,14 @@ class DraftServer:
     async def exchange(self, caller: str, target: ModelTokens, frame: bytes) -> bytes:
         """Answers one frame of a target that has no connection."""
         return await self._listener.call(caller, target, frame)
+
+    async def score(self, tokens: list[int], num_prompt_tokens: int) -> tuple[int, int] | None:
+        """Reads an answer, see `scoring.first_choices`; None if there is something else to do, or there was much of this."""
+
+        def read(scheduler: DraftScheduler) -> tuple[int, int] | None:
+            return None if scheduler.has_work else read_within(self._budget, self._backend, tokens, num_prompt_tokens)
+
+        return await self._listener.inspect(read)
 
     async def inspect(self) -> DraftState:
         """What there is at the moment; nothing is left where no target is."""

@@ -9,11 +9,11 @@ import os
 import secrets
 import socket
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from serve.forecaster import Subject
-from specdecode.decoding.metrics import DecodingMetrics
+from specdecode.decoding.metrics import DecodingMetrics, Verdicts
 from specdecode.decoding.sequence import Route
 from specdecode.routing.collection import as_record
 from specdecode.routing.records import NONE, Record
@@ -43,6 +43,14 @@ class Recorder:
         record = Record(request_id, "served", text, subject.is_chat, subject.num_tokens, NONE, mode="served")
         records = [as_record(record, metrics, route.k, arm) for arm in metrics.verdicts or [NONE]]
         self._thread.submit(self._write, [json.dumps(asdict(one), ensure_ascii=False) for one in records])
+
+    def add_score(self, subject: Subject, draft: str, verdicts: Verdicts, request_id: str) -> None:
+        """Takes how a draft would have done that had nothing to do with a generation."""
+        text = subject.text if self._keeps_prompts else ""
+        record = Record(request_id, "served", text, subject.is_chat, subject.num_tokens, draft, mode="scored")
+        num_verdicts = verdicts.num_accepted + verdicts.num_rejected
+        record = replace(record, acceptance=verdicts.acceptance, num_verdicts=num_verdicts)
+        self._thread.submit(self._write, [json.dumps(asdict(record), ensure_ascii=False)])
 
     def _write(self, lines: list[str]) -> None:
         try:

@@ -11,6 +11,7 @@ import os
 import secrets
 import time
 from collections.abc import AsyncGenerator, Mapping
+from collections.abc import Sequence as Several
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
@@ -40,7 +41,7 @@ from serve.schema import AUTO_DRAFT, ChatRequest, CompletionRequest, GenerationR
 from serve.target import Generation, TargetInfo
 from serve.transcript import Piece, Wording
 from specdecode.config import check_config
-from specdecode.decoding.metrics import DecodingMetrics
+from specdecode.decoding.metrics import Verdicts
 from specdecode.errors import ConfigError
 from specdecode.routing.router import AdaptiveRouter, Forecast, RoutingConfig
 from specdecode.text import Tokenizer
@@ -62,6 +63,7 @@ class Router:
         target: the target's deployment.
         routing: the learned router, if there is one.
         canaries: drafts that take a share of others' requests.
+        idle_readers: drafts that read, while they are idle, answers that they did not draft.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
@@ -74,6 +76,7 @@ class Router:
         target: DeploymentHandle,
         routing: RoutingConfig | None = None,
         canaries: Mapping[str, CanaryConfig] | None = None,
+        idle_readers: Several[str] = (),
     ) -> None:
         self._model = model
         self._drafts = drafts
@@ -92,6 +95,9 @@ class Router:
         self._tokenizer = Tokenizer(tokenizer)
         self._created = int(time.time())
         self._canaries = canaries or {}
+        self._idle_readers = list(idle_readers)
+        self._asking: set[asyncio.Task[None]] = set()
+        self._score = target.options(method_name="score")
         self._given_defaults = self._defaults = defaults
         # gRPC: the target notices a router that was killed, which it does not where Ray's own calls carry the stream.
         self._targets = target.options(method_name="generate", stream=True, _by_reference=False)
@@ -205,12 +211,31 @@ class Router:
         on_end = partial(self._learn, job, id)
         return Choice(index, self._targets, generation, job.wording, self._tokenizer, self._failover, on_end)
 
-    def _learn(self, job: "_Routed", id: str, metrics: DecodingMetrics) -> None:
+    def _learn(self, job: "_Routed", id: str, choice: Choice) -> None:
         """Hands on what a generation came to."""
         if self._forecaster is not None and job.forecast is not None:
-            self._forecaster.learn(job.forecast, metrics.verdicts)
+            self._forecaster.learn(job.forecast, choice.metrics.verdicts)
         if self._recorder is not None:
-            self._recorder.add(job.subject, job.generation.route, metrics, id)
+            self._recorder.add(job.subject, job.generation.route, choice.metrics, id)
+        if self._idle_readers and choice.tokens and (self._forecaster or self._recorder):
+            task = asyncio.create_task(self._ask_others(job, choice, id))
+            self._asking.add(task)
+            task.add_done_callback(self._asking.discard)
+
+    async def _ask_others(self, job: "_Routed", choice: Choice, id: str) -> None:
+        """Has drafts that had nothing to do with an answer read it, those that are idle, and learns from that too."""
+        others = [name for name in self._idle_readers if name not in choice.metrics.verdicts]
+        prompt = choice.generation.tokens
+        try:
+            scores = await self._score.remote(prompt + choice.tokens, len(prompt), others)
+        except (RayError, RayServeException):  # it is not missed
+            return
+        for name, (num_right, num_scored) in scores.items():
+            verdicts = Verdicts(0, num_right, num_scored - num_right)
+            if self._forecaster is not None and job.forecast is not None:
+                self._forecaster.learn(job.forecast, {name: verdicts})
+            if self._recorder is not None:
+                self._recorder.add_score(job.subject, name, verdicts, id)
 
     def _target(self) -> "_Known":
         if self._known is None:

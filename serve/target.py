@@ -4,11 +4,12 @@ import asyncio
 import logging
 import os
 import secrets
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
@@ -26,6 +27,8 @@ from specdecode.decoding.engine import Engine
 from specdecode.decoding.sequence import Round, Route, SamplingParams, Sequence, TokenLogprob
 from specdecode.exchange.messages import ModelTokens
 from specdecode.exchange.remote import RemoteDrafter
+from specdecode.routing.scoring import Budget, read_within
+from specdecode.text import Tokenizer
 
 logger = logging.getLogger("ray.serve")
 
@@ -144,6 +147,7 @@ class TargetServer:
         self._exchange = exchange
         self._keepers: list[asyncio.Task[None]] = []
         self._remote: dict[str, RemoteDrafter] = {}
+        self._readers: dict[str, _Read] = {}
         drafters = {name: self._drafter(name, draft, handles) for name, draft in drafts.items()}
         metrics = Metrics()
         observe = TargetMetrics(metrics, list(self._remote.values()), config.max_rows).observe
@@ -167,7 +171,12 @@ class TargetServer:
     def _model_drafter(self, name: str, draft: DraftModelConfig, handles: dict[str, DeploymentHandle]) -> Drafter:
         target = ModelTokens.of(self._backend)
         if not draft.is_deployed:
-            return model_drafter(open_model(draft.model_config_only()), draft, target)
+            backend = open_model(draft.model_config_only())
+            if draft.idle_share and backend.vocabulary_id == target.vocabulary_id:
+                self._readers[name] = self._reader(draft, backend)
+            return model_drafter(backend, draft, target)
+        if draft.idle_share and Tokenizer(draft.model).vocabulary_id == target.vocabulary_id:
+            self._readers[name] = self._reader(draft, handles[name])
         drafter = RemoteDrafter(name, target.vocab_size, deadline_s=draft.deadline_s)
         self._remote[name] = drafter
         keeper = LeaseKeeper(drafter, handles[name], target, draft, self._exchange)
@@ -194,6 +203,29 @@ class TargetServer:
                     yield part
                 yield [replace(rounds[0], prompt_logprobs=None), *rounds[1:]]
 
+    async def score(self, tokens: list[int], num_prompt_tokens: int, drafts: list[str]) -> dict[str, tuple[int, int]]:
+        """Has drafts read an answer that others drafted, those of them that are idle; see `scoring.first_choices`."""
+        reading = [name for name in drafts if name in self._readers]
+        found = await asyncio.gather(*(self._readers[name](tokens, num_prompt_tokens) for name in reading))
+        return {name: scores for name, scores in zip(reading, found, strict=True) if scores}
+
+    def _reader(self, draft: DraftModelConfig, where: DeploymentHandle | ModelBackend) -> "_Read":
+        """Who reads for a draft: its deployment, or the engine's thread while nothing is decoded."""
+        budget = Budget(draft.idle_share)
+
+        async def read(tokens: list[int], num_prompt_tokens: int) -> tuple[int, int] | None:
+            if isinstance(where, ModelBackend):
+                return await self._worker.inspect(
+                    lambda engine: None if engine.has_work else read_within(budget, where, tokens, num_prompt_tokens)
+                )
+            try:
+                scores: tuple[int, int] | None = await where.score.remote(tokens, num_prompt_tokens)
+            except (RayError, RayServeException):  # it is not missed
+                return None
+            return scores
+
+        return read
+
     async def inspect(self) -> TargetState:
         """What there is at the moment; only memos are left where nothing runs."""
         num_streams = self._worker.num_streams
@@ -210,6 +242,9 @@ class TargetServer:
     async def check_health(self) -> None:
         """Raises if the engine's thread is gone, upon which Serve replaces the replica."""
         self._worker.check()
+
+
+_Read = Callable[[list[int], int], Awaitable[tuple[int, int] | None]]
 
 
 def _prompt_logprobs(round: Round) -> Iterator[PromptLogprobs]:

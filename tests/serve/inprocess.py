@@ -32,6 +32,7 @@ class FakeTarget:
         self, period_s: float = 0.0, *, is_loaded: bool = True, is_there: bool = True, drafter: str | None = None
     ) -> None:
         self.asked: list[Generation] = []
+        self.read: list[tuple[list[int], int, list[str]]] = []
         self.num_open = 0
         self._period_s = period_s
         self._is_loaded = is_loaded
@@ -40,6 +41,8 @@ class FakeTarget:
         self._method = ""
 
     def options(self, method_name: str, **_: Any) -> Any:
+        if method_name == "score":
+            return _Score(self)
         return _Describe(self._is_loaded) if method_name == "describe" else self
 
     def remote(self, generation: Generation) -> "_FakeStream":
@@ -58,6 +61,17 @@ class FakeTarget:
                 yield [Round([300, 300], 4, 1, finish_reason, 0.0, 0.0, drafter=self._drafter)]
             else:
                 yield [Round([300], 0, 0, finish_reason, 0.0, 0.0)]
+
+
+class _Score:
+    """Drafts that have read: of ten tokens, nine are right."""
+
+    def __init__(self, owner: FakeTarget) -> None:
+        self._owner = owner
+
+    async def remote(self, tokens: list[int], num_prompt_tokens: int, drafts: list[str]) -> dict[str, tuple[int, int]]:
+        self._owner.read.append((tokens, num_prompt_tokens, drafts))
+        return dict.fromkeys(drafts, (9, 10))
 
 
 class _Describe:
@@ -86,6 +100,7 @@ async def routed(
     target: FakeTarget,
     routing: RoutingConfig | None = None,
     canaries: dict[str, CanaryConfig] | None = None,
+    idle_readers: tuple[str, ...] = (),
     **config: Any,
 ) -> AsyncIterator[tuple[httpx.AsyncClient, Router]]:
     """A client of a router before the target, with a learned router if that is configured."""
@@ -102,6 +117,7 @@ async def routed(
         target,  # type: ignore[arg-type]
         routing,
         canaries,
+        idle_readers,
     )
     await asyncio.sleep(0)  # for the target's answer
     transport = httpx.ASGITransport(router.__serve_build_asgi_app__(), raise_app_exceptions=False)

@@ -1,6 +1,7 @@
 """A served router chooses a draft for each prompt, off the event loop, says why, and learns; a request may choose otherwise."""
 
 import asyncio
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -183,7 +184,11 @@ def test_a_router_for_other_drafts_is_refused_before_anything_is_started(checkpo
 def test_a_server_routes(checkpoint: str, tmp_path: Path, expect: Expect, tokenizer: Tokenizer) -> None:
     def change(args: dict[str, Any]) -> None:
         args["drafts"] = {name: {"model": f"tiny/draft-{name}", "placement": "local"} for name in DRAFTS}
+        for draft in args["drafts"].values():
+            draft["idle_share"] = 0.5
+        args["drafts"]["code"] |= {"placement": "deployment", "deployment": {"ray_actor_options": {"num_cpus": 0.1}}}
         args["routing"] = {"checkpoint": checkpoint}
+        args["router"]["records"] = {"folder": str(tmp_path / "records"), "keep_prompts": True}
         args["target"] = {"model": "tiny/target", "deployment": {"ray_actor_options": {"num_cpus": 0.2}}}
         del args["default_draft"]
 
@@ -201,6 +206,14 @@ def test_a_server_routes(checkpoint: str, tmp_path: Path, expect: Expect, tokeni
         assert '"routing": {"expected_acceptance"' in events
         [line] = server.wait_for_lines("request ", "route=/v1/completions")
         assert "drafted_by=code:" in line
+        end = time.monotonic() + 30  # drafts that were not asked read the answers, deployed ones and those of the target
+        while not {"code", "chat", "generic"} <= {r.arm for r in read_records(tmp_path / "records") if r.mode == "scored"}:
+            assert time.monotonic() < end
+            client.post(path, json=body)
+            time.sleep(0.2)
+    for record in read_records(tmp_path / "records"):
+        assert record.prompt in TEXTS.values()
+        assert 0 <= record.acceptance <= 1
 
 
 @pytest.mark.parametrize("keeps_prompts", [True, False])
@@ -285,3 +298,35 @@ def test_a_canary_is_a_draft_that_there_is(checkpoint: str) -> None:
     assert config_of(checkpoint, canaries={"code": {"draft": "chat", "share": 0.1}}).canaries["code"].share == 0.1
     with pytest.raises(ConfigError, match=r"canaries: code: expected drafts of .*, got 'next'"):
         config_of(checkpoint, canaries={"code": {"draft": "next", "share": 0.1}})
+
+
+def test_idle_drafts_say_how_they_would_have_done(checkpoint: str, tmp_path: Path) -> None:
+    async def test() -> None:
+        target = FakeTarget(drafter="code")
+        routing, records = RoutingConfig(checkpoint=checkpoint), {"folder": str(tmp_path / "records"), "keep_prompts": True}
+        async with routed(target, routing, idle_readers=("code", "chat"), records=records) as (client, router):
+            await ask(client, "code")
+            while not target.read or router._asking:
+                await asyncio.sleep(0.01)
+            [(tokens, num_prompt_tokens, drafts)] = target.read
+            assert drafts == ["chat"]
+            assert tokens[num_prompt_tokens:] == [300] * 8
+            assert router._recorder is not None
+            router._recorder._thread.shutdown()
+
+    asyncio.run(test())
+    served, scored = read_records(tmp_path / "records")
+    assert (served.arm, served.mode, scored.arm, scored.mode) == ("code", "served", "chat", "scored")
+    assert served.prompt_id == scored.prompt_id
+    assert (scored.acceptance, scored.num_verdicts, scored.prompt) == (0.9, 10, TEXTS["code"])
+
+
+def test_nobody_reads_unless_that_is_configured(checkpoint: str) -> None:
+    async def test() -> None:
+        target = FakeTarget()
+        async with routed(target, RoutingConfig(checkpoint=checkpoint)) as (client, router):
+            await ask(client, "code")
+            assert not router._asking
+            assert not target.read
+
+    asyncio.run(test())
