@@ -22,7 +22,7 @@ from jobs.command import run_job
 from specdecode.config import StrictModel
 from specdecode.embedded import resolve_model
 from specdecode.errors import ConfigError
-from specdecode.evaluation.prompts import DOMAINS, load_prompts
+from specdecode.evaluation.prompts import load_prompts
 from specdecode.parts import Parts
 from specdecode.routing.collection import Collector, RouterPrompt, TrialConfig, as_rows
 from specdecode.routing.records import Record, read_records, write_records
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 class PromptSource(StrictModel):
     """Where prompts come from: the built-in ones, a JSONL file, or the documents of a data directory."""
 
-    builtin: Literal["code", "chat", "reasoning"] | None = Field(
+    builtin: Literal["code", "chat", "reasoning", "mixed"] | None = Field(
         default=None, description="those of this domain that come along"
     )
     file: str | None = Field(default=None, description="a JSONL file")
@@ -148,7 +148,6 @@ def _prompt(domain: str, document: Document, formatter: Formatter) -> RouterProm
 def _documents(source: PromptSource, formatter: Formatter, seed: list[int]) -> Iterator[Document]:
     """Documents that end where a model is to go on."""
     if source.builtin:
-        assert source.builtin in DOMAINS
         for prompt in load_prompts(source.builtin):
             yield _message(prompt.prompt) if prompt.format == "chat" else Document(prompt.prompt)
     elif source.file:

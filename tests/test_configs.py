@@ -39,6 +39,7 @@ MODELS: dict[str, type[BaseModel]] = {
     "tiny/pretrain_target.yaml": TargetTrainingConfig,
     "tiny/release.yaml": ReleaseConfig,
     "tiny/router_collect.yaml": CollectionConfig,
+    "tiny/router_mixed.yaml": CollectionConfig,
     "tiny/router_test.yaml": CollectionConfig,
     "tiny/router_train.yaml": RouterTrainingConfig,
     "tiny/soak.yaml": SoakConfig,

@@ -6,6 +6,7 @@ draft draws is accepted with the chance sum(min(p, q)), greedily where both firs
 
 import logging
 import statistics
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -16,13 +17,15 @@ from pydantic import Field, model_validator
 
 from specdecode.backends.backend import ModelBackend, ModelConfig, Row, open_model
 from specdecode.config import StrictModel
+from specdecode.decoding.control import AdaptiveLength
 from specdecode.decoding.drafters import Drafter, ModelDrafter, NoDrafter, RoutedDrafter
 from specdecode.decoding.loop import generate, speculative_decode
 from specdecode.decoding.metrics import DecodingMetrics, expected_length
 from specdecode.decoding.sequence import Route, SamplingParams, Sequence
 from specdecode.errors import ConfigError, SpecDecodeError
 from specdecode.parts import part_path
-from specdecode.routing.records import NONE, Record, write_records
+from specdecode.routing.records import ADAPTIVE, NONE, Record, write_records
+from specdecode.routing.router import AdaptiveRouter, RoutingConfig
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +47,9 @@ class ArmsConfig(StrictModel):
     def _check(self) -> "ArmsConfig":
         if len(self.drafts) < 2:
             raise ValueError(f"draft_models: expected at least two drafts to choose from, got {sorted(self.drafts)}")
-        if NONE in self.drafts:
-            raise ValueError(f"draft_models: {NONE} is the arm without a draft, and cannot be a draft's name")
+        for name in (NONE, ADAPTIVE):
+            if name in self.drafts:
+                raise ValueError(f"draft_models: {name} is an arm of its own, and cannot be a draft's name")
         return self
 
 
@@ -53,6 +57,9 @@ class TrialConfig(StrictModel):
     """What is tried on each prompt, and how."""
 
     router: ArmsConfig
+    routing: RoutingConfig | None = Field(
+        default=None, description=f"a trained router to try too, by decoding: the arm {ADAPTIVE!r}"
+    )
     target: ModelConfig
     mode: Literal["decode", "score"] = Field(
         default="score", description="decode with each draft, or score the target's answer"
@@ -61,6 +68,12 @@ class TrialConfig(StrictModel):
     max_new_tokens: int = Field(default=128, gt=0)
     temperature: float = Field(default=0.0, ge=0)
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _check_mode(self) -> "TrialConfig":
+        if self.routing is not None and self.mode != "decode":
+            raise ValueError(f"mode: expected decode to try a router, got {self.mode}")
+        return self
 
 
 @dataclass(frozen=True)
@@ -101,6 +114,9 @@ class Collector:
         self._drafters: dict[str, Drafter] = {NONE: NoDrafter()} | {
             name: ModelDrafter.between(draft, self._target) for name, draft in self._drafts.items()
         }
+        routing = self._config.routing
+        self._router = None if routing is None else AdaptiveRouter.from_config(routing, list(self._drafts))
+        self._length = AdaptiveLength()  # learns what things take, as a server does
         self._round_times: dict[str, float] = {}
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -122,13 +138,15 @@ class Collector:
 
     def _decoded(self, prompt: RouterPrompt, number: int) -> Iterator[Record]:
         """All arms in turns, of which another begins each time: none is always the one that finds the caches cold."""
-        arms = [NONE, *self._drafts]
+        arms = [NONE, *self._drafts, *([ADAPTIVE] if self._router else [])]
         shift = number % len(arms)
         for arm in arms[shift:] + arms[:shift]:
             yield self._decoded_with(prompt, arm)
 
     def _decoded_with(self, prompt: RouterPrompt, arm: str) -> Record:
         try:
+            if arm == ADAPTIVE:
+                return self._routed(prompt)
             metrics = self._decode(prompt, arm, self._config.max_new_tokens)
             return as_record(prompt.record(arm), metrics, self._config.K, arm)
         except (SpecDecodeError, RuntimeError) as error:  # such as torch's, out of memory
@@ -146,6 +164,18 @@ class Collector:
             seed=self._config.seed,
         )
         return metrics
+
+    def _routed(self, prompt: RouterPrompt) -> Record:
+        """As the router has it; its own time counts."""
+        assert self._router is not None
+        started = time.perf_counter()
+        [forecast] = self._router.forecast([prompt.text], [len(prompt.tokens)], [prompt.is_chat])
+        params = SamplingParams(temperature=self._config.temperature, seed=None, max_tokens=self._config.max_new_tokens)
+        sequence, metrics = Sequence(prompt.tokens, params, forecast.route(self._config.K)), DecodingMetrics()
+        for [(_, round)] in generate([sequence], RoutedDrafter(self._drafters), self._target, self._length):
+            metrics.add(round, time.perf_counter() - started)
+        self._router.learn(forecast, metrics.verdicts)
+        return replace(prompt.record(ADAPTIVE), k=self._config.K, tokens_per_second=metrics.tokens_per_second)
 
     def _answers(self, prompts: list[RouterPrompt]) -> dict[str, list[int]]:
         """What the target says, all at once; nothing if that fails."""

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from specdecode.errors import ConfigError
 
 NONE = "none"  # the arm of plain decoding
+ADAPTIVE = "adaptive"  # that of a router, which chooses among the others
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Record:
         prompt: its text, or the last user's message.
         is_chat: whether it is a message.
         num_prompt_tokens: of the whole prompt.
-        arm: a draft's name, or `none`.
+        arm: a draft's name, `none`, or `adaptive`.
         acceptance: the chance that a drafted token is accepted; 0 of `none`.
         num_verdicts: how many tokens that was counted on.
         accepted_lengths: tokens of a round with 1, 2, ... drafted ones, the target's own included.

@@ -8,7 +8,7 @@ import numpy as np
 
 from specdecode.routing.features import HINT_NAMES
 from specdecode.routing.model import AcceptanceModel
-from specdecode.routing.records import NONE, Record
+from specdecode.routing.records import ADAPTIVE, NONE, Record
 
 _NUM_RESAMPLES = 2000
 
@@ -30,7 +30,8 @@ class Policy:
     """A way to choose an arm.
 
     Attributes:
-        name: `adaptive`, `oracle`, `random`, `centroid`, or `always` an arm.
+        name: `adaptive`, `oracle`, `random`, `centroid`, or `always` an arm; and `adaptive, decoded` where a router was tried
+            too, which may go from draft to draft and chooses how much they draft.
         tokens_per_second: over all prompts, as if all answers were as long: the harmonic mean.
         interval: of that, 95 % of resamples of the prompts.
         to_oracle: by the oracle's, with its interval, the prompts being resampled for both.
@@ -99,7 +100,10 @@ def report(
     }
     resamples = rng.integers(0, len(whole), (_NUM_RESAMPLES, len(whole)))
     best = speeds.max(1)
-    policies = [_policy(name, speeds[np.arange(len(whole)), chosen], best, resamples) for name, chosen in choices.items()]
+    achieved = {name: speeds[np.arange(len(whole)), chosen] for name, chosen in choices.items()}
+    if all(ADAPTIVE in test[place].arms for place in whole):
+        achieved[f"{ADAPTIVE}, decoded"] = np.array([_speed(test[place], ADAPTIVE) for place in whole])
+    policies = [_policy(name, values, best, resamples) for name, values in achieved.items()]
     return Report(len(whole), _errors(test, expected, drafts), policies, _by_domain([test[p] for p in whole], speeds, arms))
 
 

@@ -20,7 +20,7 @@ from specdecode.config import StrictModel
 from specdecode.errors import ConfigError
 from specdecode.routing.features import DEFAULT_ENCODER, Features
 from specdecode.routing.model import FARTHEST, About, AcceptanceModel
-from specdecode.routing.records import NONE, Record, read_records
+from specdecode.routing.records import ADAPTIVE, NONE, Record, read_records
 from specdecode.routing.report import Report, Trial, report
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ def arms_of(records: Several[Record]) -> list[str]:
     Raises:
         ConfigError: they are fewer than two.
     """
-    arms = sorted({record.arm for record in records if record.error is None} - {NONE})
+    arms = sorted({record.arm for record in records if record.error is None} - {NONE, ADAPTIVE})
     if len(arms) < 2:
         raise ConfigError(f"records: expected those of at least two drafts, got {arms}")
     return arms

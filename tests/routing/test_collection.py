@@ -12,7 +12,7 @@ from specdecode.errors import ConfigError
 from specdecode.evaluation.prompts import DOMAINS, load_prompts
 from specdecode.parts import Parts, part_path
 from specdecode.routing.collection import Collector, RouterPrompt, TrialConfig, as_rows
-from specdecode.routing.records import NONE, Record, read_records, write_records
+from specdecode.routing.records import ADAPTIVE, NONE, Record, read_records, write_records
 from specdecode.text import Tokenizer
 
 DRAFTS = ("code", "chat", "reasoning")
@@ -87,6 +87,18 @@ def test_what_fails_is_a_record_that_says_so(
     assert found == {NONE: None, **dict.fromkeys(DRAFTS, "RuntimeError: CUDA out of memory")}
 
 
+def test_a_router_is_tried_beside_its_drafts(prompts: list[RouterPrompt], tmp_path: Path, checkpoint: str) -> None:
+    """One for the drafts code, chat and generic."""
+    drafts = {name: f"tiny/draft-{name}" for name in ("code", "chat")}
+    router = {"draft_models": drafts, "generic_draft": "tiny/draft-generic"}
+    config = config_of(mode="decode", router=router, routing={"checkpoint": checkpoint})
+    records = list(Collector(config.model_dump(), str(tmp_path)).records(prompts[:2]))
+    assert [record.arm for record in records[:5]] == [NONE, "code", "chat", "generic", ADAPTIVE]
+    assert all(record.error is None and record.tokens_per_second > 0 for record in records)
+    with pytest.raises(ConfigError, match="mode: expected decode to try a router"):
+        config_of(mode="score", router=router, routing={"checkpoint": checkpoint})
+
+
 def test_sampled_scores_are_chances(prompts: list[RouterPrompt], tmp_path: Path) -> None:
     for record in collected(config_of(mode="score", temperature=1.0), prompts, tmp_path).values():
         assert record.arm == NONE or 0 < record.acceptance < 1
@@ -96,7 +108,7 @@ def test_sampled_scores_are_chances(prompts: list[RouterPrompt], tmp_path: Path)
     ("router", "message"),
     [
         ({"draft_models": {"code": "tiny/draft-code"}}, r"at least two drafts to choose from, got \['code'\]"),
-        ({"draft_models": {"code": "a", "none": "b"}}, "none is the arm without a draft"),
+        ({"draft_models": {"code": "a", "none": "b"}}, "none is an arm of its own"),
     ],
 )
 def test_arms_that_cannot_be_told_apart_are_refused(router: dict[str, Any], message: str) -> None:

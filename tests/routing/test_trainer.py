@@ -10,7 +10,7 @@ import pytest
 from specdecode.errors import ConfigError, ModelError
 from specdecode.routing.features import Features
 from specdecode.routing.model import AcceptanceModel
-from specdecode.routing.records import NONE, write_records
+from specdecode.routing.records import ADAPTIVE, NONE, write_records
 from specdecode.routing.report import predicted_speeds
 from specdecode.routing.trainer import RouterTrainingConfig, train_router
 from tests.routing.made import TRUE, WORDS, K, made_records
@@ -37,6 +37,15 @@ def test_a_router_chooses_as_well_as_one_that_knows(tmp_path: Path, encoder: str
     assert all(error.absolute < 0.1 for error in found.errors)
     for arm in ("code", "chat"):
         assert found.speeds[arm][arm] > found.speeds["generic"][arm] > found.speeds[NONE][arm]
+
+
+def test_a_router_that_was_tried_itself_is_reported_beside_its_choice(tmp_path: Path, encoder: str) -> None:
+    tried = [replace(r, arm=ADAPTIVE, tokens_per_second=1.5) for r in made_records(60, seed=1) if r.arm == NONE]
+    write_records(tmp_path / "test.json", made_records(60, seed=1) + tried)
+    found = train_router(config_of(tmp_path, encoder, test_records=[str(tmp_path / "test.json")], num_epochs=3))
+    policies = {policy.name: policy for policy in found.policies}
+    assert policies["adaptive, decoded"].tokens_per_second == pytest.approx(1.5)
+    assert found.speeds.keys() == {"code", "chat", "generic", NONE}
 
 
 def test_the_checkpoint_says_what_it_is_for(tmp_path: Path, encoder: str) -> None:

@@ -8,6 +8,7 @@ from typing import Literal
 from specdecode.text import Tokenizer
 
 DOMAINS = ("code", "chat", "reasoning")
+MIXED = "mixed"  # prompts that are of no domain or of several: hard ones for a router
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,6 @@ class Prompt:
 
 
 def load_prompts(domain: str) -> list[Prompt]:
-    """Reads the built-in prompts of one of `DOMAINS`."""
+    """Reads the built-in prompts of one of `DOMAINS`, or the `MIXED` ones."""
     lines = (Path(__file__).parent / f"{domain}.jsonl").read_text(encoding="utf-8").splitlines()
     return [Prompt(**json.loads(line)) for line in lines]
