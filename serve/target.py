@@ -214,7 +214,7 @@ class TargetServer:
         budget = Budget(draft.idle_share)
 
         async def read(tokens: list[int], num_prompt_tokens: int) -> tuple[int, int] | None:
-            if isinstance(where, ModelBackend):
+            if not isinstance(where, DeploymentHandle):
                 return await self._worker.inspect(
                     lambda engine: None if engine.has_work else read_within(budget, where, tokens, num_prompt_tokens)
                 )

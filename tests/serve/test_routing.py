@@ -207,10 +207,12 @@ def test_a_server_routes(checkpoint: str, tmp_path: Path, expect: Expect, tokeni
         [line] = server.wait_for_lines("request ", "route=/v1/completions")
         assert "drafted_by=code:" in line
         end = time.monotonic() + 30  # drafts that were not asked read the answers, deployed ones and those of the target
-        while not {"code", "chat", "generic"} <= {r.arm for r in read_records(tmp_path / "records") if r.mode == "scored"}:
-            assert time.monotonic() < end
-            client.post(path, json=body)
-            time.sleep(0.2)
+        while missing := set(DRAFTS) - {r.arm for r in read_records(tmp_path / "records") if r.mode == "scored"}:
+            assert time.monotonic() < end, missing
+            for domain in BEST:
+                path, body = body_of(domain)
+                client.post(path, json=body)
+                time.sleep(0.2)
     for record in read_records(tmp_path / "records"):
         assert record.prompt in TEXTS.values()
         assert 0 <= record.acceptance <= 1
