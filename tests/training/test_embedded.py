@@ -12,9 +12,9 @@ import specdecode
 from specdecode.backends.backend import create_backend
 from specdecode.decoding.drafters import NoDrafter
 from specdecode.decoding.sequence import SamplingParams
+from specdecode.evaluation.prompts import load_prompts
+from specdecode.text import Tokenizer
 from specdecode.training.completions import complete
-from specdecode.training.examples import Formatter
-from specdecode.training.release import read_prompts
 
 TINY = Path(specdecode.__file__).parent / "embedded" / "tiny"
 PROMPTS = Path(specdecode.__file__).parent / "evaluation" / "prompts"
@@ -60,7 +60,8 @@ def test_the_built_in_prompts_are_well_formed(domain: str) -> None:
 
 @pytest.mark.parametrize("domain", ["code", "chat", "reasoning"])
 def test_the_target_answers_the_built_in_prompts(domain: str) -> None:
-    prompts = read_prompts(PROMPTS / f"{domain}.jsonl", Formatter(AutoTokenizer.from_pretrained(TINY / "target")))[:8]
+    tokenizer = Tokenizer("tiny/target")
+    prompts = [prompt.encode(tokenizer) for prompt in load_prompts(domain)[:8]]
 
     answers = complete(prompts, create_backend("tiny/target"), NoDrafter(), lambda _: SamplingParams(max_tokens=24))
 
