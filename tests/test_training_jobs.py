@@ -175,7 +175,7 @@ def test_the_target_answers_as_it_does_alone_and_only_what_is_missing(questions:
     kept = (folder / "part-00000.parquet").stat().st_mtime_ns
     assert generate_completions(completion_config(questions, folder, batch=2, num_actors=2)) == answers
     assert (folder / "part-00000.parquet").stat().st_mtime_ns == kept
-    with pytest.raises(ConfigError, match="answers of another configuration"):
+    with pytest.raises(ConfigError, match="made with another configuration"):
         generate_completions(completion_config(questions, folder, temperature=0.5))
 
 
