@@ -24,7 +24,7 @@ def worse(tmp_path_factory: pytest.TempPathFactory) -> str:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weights in model.parameters():
-            weights += 0.3 * weights.std() * torch.randn(weights.shape, generator=generator)
+            weights += 0.5 * weights.std() * torch.randn(weights.shape, generator=generator)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(resolve_model("tiny/draft-generic")).save_pretrained(folder)
     return str(folder)

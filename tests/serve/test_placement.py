@@ -115,7 +115,7 @@ def test_every_option_of_placement_reaches_serve() -> None:
         "router": {"deployment": {"max_replicas_per_node": 2}},
     }
     router = wire(check_config(config, ServeConfig, "x"), {})._bound_deployment
-    found = router.init_args[-1]._bound_deployment
+    [found] = [argument._bound_deployment for argument in router.init_args if hasattr(argument, "_bound_deployment")]
     assert found._replica_config.ray_actor_options == ACTOR
     assert found._replica_config.placement_group_bundles == target["placement_group_bundles"]
     assert found._replica_config.placement_group_strategy == "STRICT_PACK"

@@ -26,7 +26,7 @@ def free_port() -> int:
 
 
 def test_a_draft_elsewhere_and_one_that_runs_ahead_give_the_plain_answers() -> None:
-    config = RemoteConfig(batches=[1, 2], num_repeats=1, max_tokens=16)
+    config = RemoteConfig(batches=[1, 2], num_repeats=1, max_tokens=48)
     rows = summarise(list(measure_remote(config)), config.temperature)
     assert [(row.arm, row.batch) for row in rows] == [
         (arm, batch) for batch in (1, 2) for arm in ("plain", "local", "remote", "run ahead")
