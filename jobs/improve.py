@@ -7,7 +7,6 @@ written into a configuration, in which it takes a share of the old one's request
 
 from jobs.training import Run, is_begun  # isort: skip  # before all else that imports Ray
 
-import hashlib
 import logging
 import sys
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from jobs.train_draft import check, work
 from serve.config import DraftModelConfig, ServeConfig
 from serve.local import load_deployment
 from specdecode.backends.backend import create_backend
+from specdecode.chance import chance
 from specdecode.config import StrictModel, check_config, read_yaml
 from specdecode.decoding.drafters import NoDrafter
 from specdecode.decoding.sequence import SamplingParams
@@ -152,8 +152,7 @@ def _prompts(config: ImproveConfig, formatter: Formatter) -> tuple[list[list[int
     for record in list(asked.values())[: config.max_prompts]:
         ids = formatter.prompt(_document(record))
         if 0 < len(ids) <= config.max_prompt_length:
-            chance = int.from_bytes(hashlib.sha256(record.prompt.encode()).digest()[:8], "big") / 2**64
-            parts[chance < config.compared_share].append(ids)
+            parts[chance(record.prompt) < config.compared_share].append(ids)
     return parts
 
 

@@ -1,11 +1,11 @@
 """A share of a draft's requests goes to another draft, to see how it does: which ones is a function of their ids."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 
 from pydantic import Field
 
+from specdecode.chance import chance
 from specdecode.config import StrictModel
 from specdecode.decoding.sequence import Route
 
@@ -18,8 +18,7 @@ class CanaryConfig(StrictModel):
 
     def takes(self, request_id: str) -> bool:
         """Whether it takes a request."""
-        digest = hashlib.sha256(request_id.encode()).digest()
-        return int.from_bytes(digest[:8], "big") < self.share * 2**64
+        return chance(request_id) < self.share
 
 
 def with_canaries(route: Route, canaries: Mapping[str, CanaryConfig], request_id: str) -> Route:

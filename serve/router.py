@@ -174,9 +174,9 @@ class Router:
     async def _routed(self, jobs: list[Job], body: GenerationRequest, id: str) -> "list[_Routed]":
         """Lets the learned router choose where nobody else has."""
         prompts, is_chat = [job.generation.tokens for job in jobs[:: body.n]], isinstance(body, ChatRequest)
-        subjects = [
-            Subject(text, len(prompt), is_chat) for text, prompt in zip(self._reader().texts(body), prompts, strict=True)
-        ]
+        is_heard = self._forecaster is not None or self._recorder is not None
+        texts = self._reader().texts(body) if is_heard else [""] * len(prompts)  # to turn ids into text takes a while
+        subjects = [Subject(text, len(prompt), is_chat) for text, prompt in zip(texts, prompts, strict=True)]
         forecasts: list[Forecast | None] = [None] * len(subjects)
         if self._forecaster is not None and jobs[0].generation.route.drafter == AUTO_DRAFT:
             forecasts = list(await self._forecaster.forecast(subjects))

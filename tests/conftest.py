@@ -4,7 +4,6 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,26 +21,6 @@ VOCAB_SIZE = 61
 EXACTNESS: dict[tuple[str, str, int], tuple[int, int, float]] = defaultdict(lambda: (0, 0, 0.0))
 
 SaveModel = Callable[[PreTrainedConfig, int], str]
-
-
-@pytest.hookimpl(tryfirst=True)  # before the names of the groups are asked for
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Says which tests stay in one process: those that share the server, and those of a file, which may share models."""
-    for item in items:
-        shared = "server" if "server" in getattr(item, "fixturenames", ()) else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(shared))
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Hands over what was added up in a process of its own."""
-    if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["exactness"] = list(EXACTNESS.items())
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node: Any) -> None:
-    """Takes what a process hands over."""
-    EXACTNESS.update({tuple(key): tuple(value) for key, value in getattr(node, "workeroutput", {}).get("exactness", [])})
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = {
     "specdecode.errors": 0,
+    "specdecode.chance": 1,
     "specdecode.config": 1,
     "specdecode.embedded": 1,
     "specdecode.parts": 1,

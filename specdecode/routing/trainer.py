@@ -1,6 +1,5 @@
 """Records in, a router and a report on prompts that it has not seen out. transformers' `Trainer` does the work."""
 
-import hashlib
 import logging
 import tempfile
 from collections import Counter
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  as everyone calls it
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments
 
+from specdecode.chance import chance
 from specdecode.config import StrictModel
 from specdecode.errors import ConfigError
 from specdecode.routing.features import DEFAULT_ENCODER, Features
@@ -139,9 +139,8 @@ def _split(examples: Examples, config: RouterTrainingConfig, *, has_test: bool) 
     parts: tuple[list[int], list[int], list[int]] = ([], [], [])
     test_share = config.test_share if has_test else 0.0
     for place, trial in enumerate(examples.trials):
-        digest = hashlib.sha256(f"{config.seed}:{trial.prompt}".encode()).digest()
-        chance = int.from_bytes(digest[:8], "big") / 2**64
-        parts[2 if chance < test_share else 1 if chance < test_share + config.validation_share else 0].append(place)
+        drawn = chance(f"{config.seed}:{trial.prompt}")
+        parts[2 if drawn < test_share else 1 if drawn < test_share + config.validation_share else 0].append(place)
     return parts
 
 
