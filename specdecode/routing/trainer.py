@@ -84,6 +84,8 @@ def train_router(config: RouterTrainingConfig) -> Report:
     for name, part in (("learn from", training), ("validate on", validation), ("report on", test)):
         if not len(part):
             raise ConfigError(f"records: expected prompts to {name}, got none of {len(known)}")
+    if not any(trial.arms.keys() >= set(arms) for trial in test.trials):
+        raise ConfigError(f"records: expected prompts to report on that each of {arms} was tried on, got none of {len(test)}")
     if shared := {trial.prompt for trial in training.trials} & {trial.prompt for trial in test.trials}:
         raise ConfigError(
             f"test_records: expected prompts that are not learned from, got {len(shared)} such as {min(shared)!r}"
@@ -111,19 +113,21 @@ def arms_of(records: Several[Record]) -> list[str]:
 
 
 def gather(records: Several[Record], arms: list[str], features: Features) -> Examples:
-    """A prompt's records put together; those that are marked as errors are left out and counted."""
-    causes = Counter(record.error for record in records if record.error is not None)
+    """A prompt's records put together; errors, and served requests whose prompt was not kept, are left out and counted."""
+    causes = Counter(record.error or "the prompt was not kept" for record in records if record.error or not record.prompt)
     if causes:
-        logger.warning("left out %d records with errors, such as %s", causes.total(), causes.most_common(1)[0][0])
+        logger.warning("left out %d records, such as: %s", causes.total(), causes.most_common(1)[0][0])
     trials: dict[str, Trial] = {}
     for record in records:
-        if record.error is None:
+        if record.error is None and record.prompt:
             trial = trials.setdefault(
                 record.prompt_id,
                 Trial(record.prompt_id, record.domain, record.prompt, record.is_chat, record.num_prompt_tokens, {}),
             )
             trial.arms[record.arm] = record
     found = list(trials.values())
+    if not found:
+        raise ConfigError(f"records: expected some with a prompt and without an error, got none of {len(records)}")
     table = np.array([[_figure(trial, arm) for arm in arms] for trial in found])  # [n, arms, 2]
     vectors = features.of([t.prompt for t in found], [t.num_prompt_tokens for t in found], [t.is_chat for t in found])
     return Examples(found, vectors, table[..., 0], table[..., 1])

@@ -96,6 +96,11 @@ def test_speeds_are_those_of_the_formula() -> None:
     ("change", "message"),
     [
         (lambda records: [r for r in records if r.arm in ("code", NONE)], "at least two drafts, got \\['code'\\]"),
+        (lambda records: [replace(r, prompt="") for r in records], "expected some with a prompt and without an error"),
+        (
+            lambda records: [r for n, r in enumerate(records) if r.arm == ("code", "chat")[n // 4 % 2]],
+            r"that each of \['chat', 'code'\] was tried on",
+        ),
         (lambda _: [], "expected records, found none"),
         (lambda records: [*records, replace(records[0], acceptance=float("nan"))], "expected finite figures"),
         (lambda records: [*records, replace(records[0], acceptance=1.5)], r"expected a number in \[0, 1\], got 1.5"),
