@@ -7,6 +7,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 _TEMPLATE = Path(__file__).with_name("model_card_template.md")
+_COMPARED = "## The family compared"
 _FIGURES = ("loss", "acceptance", "accepted_length", "agreement")
 
 # Where the documents of each source of a data directory come from, and under which licence they are.
@@ -66,9 +67,14 @@ def model_card(
         versions=", ".join(f"{package} {version}" for package, version in run["versions"].items()),
         validation=_validation(run["result"]["validation"]),
         data=_data(config["data"]),
-        comparison=comparison,
     )
-    return card.content.rstrip() + "\n"
+    text: str = card.content.rstrip() + "\n"
+    return with_comparison(text, comparison) if comparison else text
+
+
+def with_comparison(card: str, comparison: str) -> str:
+    """A card with another comparison, Markdown, in place of its own one, which comes last in it."""
+    return f"{card.partition(_COMPARED)[0].rstrip()}\n\n{_COMPARED}\n\n{comparison.rstrip()}\n"
 
 
 def _public(name: str | None) -> str | None:

@@ -6,15 +6,16 @@ from typing import Any
 from pydantic import Field
 
 from specdecode.config import StrictModel
+from specdecode.embedded import resolve_model
 from specdecode.training.checkpoints import load_model, load_tokenizer, save_checkpoint
 from specdecode.training.comparison import Comparison, ComparisonConfig, as_markdown, compare
-from specdecode.training.model_card import model_card
+from specdecode.training.model_card import model_card, with_comparison
 from specdecode.training.provenance import read_run
 from specdecode.training.trainer import replace_folder
 
 
 class ReleaseConfig(StrictModel):
-    """A family: the target and the drafts that are compared, each of them OUTPUT_DIR/best of a training."""
+    """A family: the target and the drafts that are compared, each OUTPUT_DIR/best of a training, or published there before."""
 
     comparison: ComparisonConfig
     output_dir: str
@@ -26,14 +27,21 @@ class ReleaseConfig(StrictModel):
 def release(config: ReleaseConfig) -> list[Comparison]:
     """Compares the drafts in every domain and publishes all models; returns what was measured.
 
+    Of a model that had been published before, only the comparison in its card becomes the new one.
+
     Raises:
         ConfigError: a model of the family has not been trained yet, or the data are not there.
         ModelError: a model does not load.
     """
-    sources = {_name(folder): Path(folder) for folder in (config.comparison.target, *config.comparison.drafts.values())}
+    published = Path(config.output_dir).absolute()
+    folders = [Path(resolve_model(model)).absolute() for model in (config.comparison.target, *config.comparison.drafts.values())]
+    sources = {folder.parent.name: folder for folder in folders if folder.parent != published}  # the others are there already
     runs = {name: read_run(folder) for name, folder in sources.items()}
     rows = list(compare(config.comparison))
     comparison = _introduction(config.comparison) + as_markdown(rows)
+    for folder in (folder for folder in folders if folder.parent == published):
+        card = folder / "README.md"
+        card.write_text(with_comparison(card.read_text(encoding="utf-8"), comparison), encoding="utf-8")
     for name, source in sources.items():
         model, tokenizer = load_model(str(source)), load_tokenizer(str(source))
         card = model_card(
@@ -49,13 +57,8 @@ def release(config: ReleaseConfig) -> list[Comparison]:
             save_checkpoint(model, tokenizer, folder)
             (folder / "README.md").write_text(card, encoding="utf-8")
 
-        replace_folder(Path(config.output_dir) / name, save)
+        replace_folder(published / name, save)
     return rows
-
-
-def _name(folder: str) -> str:
-    """A training's: its output folder holds `best`."""
-    return Path(folder).absolute().parent.name
 
 
 def _introduction(config: ComparisonConfig) -> str:

@@ -117,6 +117,23 @@ def test_a_family_is_published_with_cards(config: ReleaseConfig) -> None:
     assert "2 layers of width 32" in (published / "target/README.md").read_text()
 
 
+def test_of_a_model_that_was_published_before_only_the_comparison_is_renewed(config: ReleaseConfig) -> None:
+    first = release(config)
+    published = Path(config.output_dir) / "target"
+    before = {file.name: file.read_bytes() for file in published.iterdir()}
+    comparison = config.comparison.model_copy(update={"target": str(published), "num_prompts": 2})
+    rows = release(config.model_copy(update={"comparison": comparison}))
+
+    after = {file.name: file.read_bytes() for file in published.iterdir()}
+    card = after.pop("README.md").decode()
+    old = before.pop("README.md").decode()
+    assert after == before
+    assert as_markdown(rows) in card
+    assert as_markdown(first) not in card
+    assert "2 held-out prompts" in card
+    assert card.split("## The family compared")[0] == old.split("## The family compared")[0]
+
+
 def test_a_missing_training_is_named(config: ReleaseConfig, tmp_path: Path) -> None:
     missing = config.comparison.model_copy(update={"drafts": {"code": str(tmp_path / "draft-code/best")}})
     with pytest.raises(ConfigError, match=r"draft-code/best: expected the model of a finished training"):
