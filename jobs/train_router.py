@@ -32,14 +32,15 @@ def as_tables(found: Report) -> str:
     for row in found.errors:
         errors.add_row(row.arm, f"{row.mean_acceptance:.3f}", f"{row.absolute:.3f}", f"{row.bias:+.3f}")
     choices = Table(title="who chooses, with 95 % intervals over prompts; right: the fastest arm, or at most 2 % slower")
-    for name in ("chooser", "tokens/s", "of the oracle's", "right"):
+    for name in ("chooser", "tokens/s", "of the oracle's", "of plain decoding's", "right"):
         choices.add_column(name, justify="left" if name == "chooser" else "right")
     for policy in found.policies:
-        (low, high), (low_share, high_share) = policy.interval, policy.to_oracle_interval
+        (low, high), oracle, plain = policy.interval, policy.to_oracle_interval, policy.to_plain_interval
         choices.add_row(
             policy.name,
             f"{policy.tokens_per_second:.1f} [{low:.1f}, {high:.1f}]",
-            f"{policy.to_oracle:.3f} [{low_share:.3f}, {high_share:.3f}]",
+            f"{policy.to_oracle:.3f} [{oracle[0]:.3f}, {oracle[1]:.3f}]",
+            f"{policy.to_plain:.3f} [{plain[0]:.3f}, {plain[1]:.3f}]",
             f"{policy.accuracy:.3f}",
         )
     return as_text(speeds, errors, choices)

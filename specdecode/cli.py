@@ -141,6 +141,11 @@ def _parser() -> argparse.ArgumentParser:
     http.add_argument("--config", help="a YAML file")
     http.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as concurrency=[1,8]")
 
+    routing = commands.add_parser("routing", help="measure what a router adds to each request")
+    routing.set_defaults(run=_routing)
+    routing.add_argument("--config", help="a YAML file")
+    routing.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as routing.checkpoint=FOLDER")
+
     push = commands.add_parser("push", help="upload a model's folder to the Hugging Face Hub")
     push.set_defaults(run=_push)
     push.add_argument("folder", help="such as checkpoints/draft-code/best")
@@ -376,6 +381,17 @@ def _http(parsed: argparse.Namespace) -> None:
     for row in measure_http(config):
         figures = (f"{row.tokens_per_second:.1f}", f"{row.to_engine:.2f}x", f"{row.ttft_ms:.1f}", f"{row.extra_ttft_ms:.1f}")
         table.add_row(row.side, str(row.concurrency), *figures)
+    _print_tables(table)
+
+
+def _routing(parsed: argparse.Namespace) -> None:
+    from serve.routing_speed import RoutingSpeedConfig, measure_routing
+
+    config = _optional_config(parsed, RoutingSpeedConfig)
+    title = f"{config.routing.checkpoint}: ms that a request waits for its forecast, and {config.target} takes to a first token"
+    table = _table(("requests at a time", "p50", "p99", "first token p50"), title, num_left=0)
+    for row in measure_routing(config):
+        table.add_row(str(row.concurrency), f"{row.p50_ms:.2f}", f"{row.p99_ms:.2f}", f"{row.ttft_p50_ms:.2f}")
     _print_tables(table)
 
 

@@ -13,6 +13,7 @@ from jobs.training_speed import TrainingSpeedConfig
 from serve.config import ServeConfig
 from specdecode.config import check_config, load_config
 from specdecode.evaluation.speed import SpeedConfig
+from specdecode.routing.report import RouterReportConfig
 from specdecode.routing.trainer import RouterTrainingConfig
 from specdecode.training.comparison import ComparisonConfig
 from specdecode.training.draft import DraftTrainingConfig
@@ -40,6 +41,7 @@ MODELS: dict[str, type[BaseModel]] = {
     "tiny/release.yaml": ReleaseConfig,
     "tiny/router_collect.yaml": CollectionConfig,
     "tiny/router_mixed.yaml": CollectionConfig,
+    "tiny/router_report.yaml": RouterReportConfig,
     "tiny/router_test.yaml": CollectionConfig,
     "tiny/router_train.yaml": RouterTrainingConfig,
     "tiny/soak.yaml": SoakConfig,

@@ -5,24 +5,27 @@ from collections.abc import Sequence as Several
 from dataclasses import dataclass
 
 import numpy as np
+from pydantic import Field
 
-from specdecode.routing.features import HINT_NAMES
+from specdecode.config import StrictModel
+from specdecode.errors import ConfigError
+from specdecode.routing.examples import Trial, arms_of, gather
+from specdecode.routing.features import HINT_NAMES, Features
 from specdecode.routing.model import AcceptanceModel
-from specdecode.routing.records import ADAPTIVE, NONE, Record
+from specdecode.routing.records import ADAPTIVE, NONE, Record, read_records
 
 _NUM_RESAMPLES = 2000
 
 
-@dataclass(frozen=True)
-class Trial:
-    """One prompt, and what each arm did on it."""
+class RouterReportConfig(StrictModel):
+    """A router, and prompts to try it on."""
 
-    prompt_id: str
-    domain: str
-    prompt: str
-    is_chat: bool
-    num_prompt_tokens: int
-    arms: dict[str, Record]
+    checkpoint: str = Field(description="a folder that jobs.train_router has made")
+    records: list[str] = Field(min_length=1, description="what it has learned from: costs and centroids are taken from there")
+    test_records: list[str] = Field(min_length=1, description="prompts that each of its drafts was tried on")
+    encoder: str | None = Field(default=None, description="its sentence encoder by another name or path")
+    device: str | None = Field(default="cpu", description="of the encoder; the best there is if null")
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Policy:
         tokens_per_second: over all prompts, as if all answers were as long: the harmonic mean.
         interval: of that, 95 % of resamples of the prompts.
         to_oracle: by the oracle's, with its interval, the prompts being resampled for both.
+        to_plain: by plain decoding's, likewise; infinite where that was not tried.
         accuracy: how often it chooses the fastest arm, or one that is at most 2 % slower.
     """
 
@@ -43,6 +47,8 @@ class Policy:
     interval: tuple[float, float]
     to_oracle: float
     to_oracle_interval: tuple[float, float]
+    to_plain: float
+    to_plain_interval: tuple[float, float]
     accuracy: float
 
 
@@ -64,6 +70,23 @@ class Report:
     errors: list[ArmError]
     policies: list[Policy]
     speeds: dict[str, dict[str, float]]  # by arm and domain
+
+
+def report_on(config: RouterReportConfig) -> Report:
+    """Reports on a router that was trained before.
+
+    Raises:
+        ConfigError: the records are not there, or are of other drafts.
+        ModelError: the checkpoint or the encoder does not load.
+    """
+    model = AcceptanceModel.load(config.checkpoint)
+    features = Features(config.encoder or model.about.encoder, device=config.device)
+    known, test = ([r for path in paths for r in read_records(path)] for paths in (config.records, config.test_records))
+    for name, records in (("records", known), ("test_records", test)):
+        if (arms := arms_of(records)) != model.about.arms:
+            raise ConfigError(f"{name}: expected records of the arms {model.about.arms}, got {arms}")
+    learned, tried = (gather(records, model.about.arms, features) for records in (known, test))
+    return report(model, learned.trials, learned.features, tried.trials, tried.features, config.seed)
 
 
 def report(
@@ -103,7 +126,7 @@ def report(
     achieved = {name: speeds[np.arange(len(whole)), chosen] for name, chosen in choices.items()}
     if all(ADAPTIVE in test[place].arms for place in whole):
         achieved[f"{ADAPTIVE}, decoded"] = np.array([_speed(test[place], ADAPTIVE) for place in whole])
-    policies = [_policy(name, values, best, resamples) for name, values in achieved.items()]
+    policies = [_policy(name, values, best, speeds[:, -1], resamples) for name, values in achieved.items()]
     return Report(len(whole), _errors(test, expected, drafts), policies, _by_domain([test[p] for p in whole], speeds, arms))
 
 
@@ -141,17 +164,26 @@ def _nearest(known: Several[Trial], known_features: np.ndarray, features: np.nda
     return np.array(list(members))[nearest]
 
 
-def _policy(name: str, chosen: np.ndarray, best: np.ndarray, resamples: np.ndarray) -> Policy:
-    speed, ideal = (1 / (1 / np.maximum(values[resamples], 1e-9)).mean(1) for values in (chosen, best))
-    ratio = speed / ideal
+def _policy(name: str, chosen: np.ndarray, best: np.ndarray, plain: np.ndarray, resamples: np.ndarray) -> Policy:
+    everywhere = np.arange(len(chosen))[None]
+    speed, ideal, without = (_mean_speed(values, everywhere)[0] for values in (chosen, best, plain))
+    speeds, ideals, withouts = (_mean_speed(values, resamples) for values in (chosen, best, plain))
     return Policy(
         name,
-        tokens_per_second=float(1 / (1 / np.maximum(chosen, 1e-9)).mean()),
-        interval=_interval(speed),
-        to_oracle=float((1 / best).mean() / (1 / np.maximum(chosen, 1e-9)).mean()),
-        to_oracle_interval=_interval(ratio),
+        tokens_per_second=float(speed),
+        interval=_interval(speeds),
+        to_oracle=float(speed / ideal),
+        to_oracle_interval=_interval(speeds / ideals),
+        to_plain=float(speed / without),
+        to_plain_interval=_interval(speeds / withouts),
         accuracy=float((chosen >= 0.98 * best).mean()),
     )
+
+
+def _mean_speed(values: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """The harmonic means over rows of places, [rows, n]: answers of one length, divided by what they took together."""
+    seconds: np.ndarray = 1 / np.maximum(values, 1e-9)
+    return np.asarray(1 / seconds[places].mean(1))
 
 
 def _interval(values: np.ndarray) -> tuple[float, float]:

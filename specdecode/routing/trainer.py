@@ -2,9 +2,7 @@
 
 import logging
 import tempfile
-from collections import Counter
-from collections.abc import Sequence as Several
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +16,11 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traini
 from specdecode.chance import chance
 from specdecode.config import StrictModel
 from specdecode.errors import ConfigError
+from specdecode.routing.examples import Examples, arms_of, gather
 from specdecode.routing.features import DEFAULT_ENCODER, Features
 from specdecode.routing.model import FARTHEST, About, AcceptanceModel
-from specdecode.routing.records import ADAPTIVE, NONE, Record, read_records
-from specdecode.routing.report import Report, Trial, report
+from specdecode.routing.records import read_records
+from specdecode.routing.report import Report, report
 
 logger = logging.getLogger(__name__)
 
@@ -44,24 +43,6 @@ class RouterTrainingConfig(StrictModel):
     validation_share: float = Field(default=0.15, gt=0, lt=1, description="of the prompts, to know when to end")
     test_share: float = Field(default=0.15, gt=0, lt=1, description="of the prompts, to report on, without test_records")
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class Examples:
-    """Prompts as numbers: features [n, features]; acceptance [n, arms], nan where unknown; verdicts it was counted on."""
-
-    trials: list[Trial]
-    features: np.ndarray
-    acceptance: np.ndarray
-    num_verdicts: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.trials)
-
-    def chosen(self, places: Several[int]) -> "Examples":
-        """Some of them."""
-        rows = np.asarray(places, dtype=int)
-        return Examples([self.trials[row] for row in rows], self.features[rows], self.acceptance[rows], self.num_verdicts[rows])
 
 
 def train_router(config: RouterTrainingConfig) -> Report:
@@ -98,44 +79,6 @@ def train_router(config: RouterTrainingConfig) -> Report:
     about = About(arms, config.encoder, names, model.about.weights, {"config": config.model_dump(), "report": asdict(found)})
     AcceptanceModel(about, tensors).save(Path(config.output_dir))
     return found
-
-
-def arms_of(records: Several[Record]) -> list[str]:
-    """The drafts that there are records of.
-
-    Raises:
-        ConfigError: they are fewer than two.
-    """
-    arms = sorted({record.arm for record in records if record.error is None} - {NONE, ADAPTIVE})
-    if len(arms) < 2:
-        raise ConfigError(f"records: expected those of at least two drafts, got {arms}")
-    return arms
-
-
-def gather(records: Several[Record], arms: list[str], features: Features) -> Examples:
-    """A prompt's records put together; errors, and served requests whose prompt was not kept, are left out and counted."""
-    causes = Counter(record.error or "the prompt was not kept" for record in records if record.error or not record.prompt)
-    if causes:
-        logger.warning("left out %d records, such as: %s", causes.total(), causes.most_common(1)[0][0])
-    trials: dict[str, Trial] = {}
-    for record in records:
-        if record.error is None and record.prompt:
-            trial = trials.setdefault(
-                record.prompt_id,
-                Trial(record.prompt_id, record.domain, record.prompt, record.is_chat, record.num_prompt_tokens, {}),
-            )
-            trial.arms[record.arm] = record
-    found = list(trials.values())
-    if not found:
-        raise ConfigError(f"records: expected some with a prompt and without an error, got none of {len(records)}")
-    table = np.array([[_figure(trial, arm) for arm in arms] for trial in found])  # [n, arms, 2]
-    vectors = features.of([t.prompt for t in found], [t.num_prompt_tokens for t in found], [t.is_chat for t in found])
-    return Examples(found, vectors, table[..., 0], table[..., 1])
-
-
-def _figure(trial: Trial, arm: str) -> tuple[float, float]:
-    record = trial.arms.get(arm)
-    return (np.nan, 0.0) if record is None or not record.num_verdicts else (record.acceptance, record.num_verdicts)
 
 
 def _split(examples: Examples, config: RouterTrainingConfig, *, has_test: bool) -> tuple[list[int], list[int], list[int]]:

@@ -34,14 +34,15 @@ def release(config: ReleaseConfig) -> list[Comparison]:
         ModelError: a model does not load.
     """
     published = Path(config.output_dir).absolute()
-    folders = [Path(resolve_model(model)).absolute() for model in (config.comparison.target, *config.comparison.drafts.values())]
+    models = (config.comparison.target, *config.comparison.drafts.values())
+    folders = [Path(resolve_model(model)).absolute() for model in models]
     sources = {folder.parent.name: folder for folder in folders if folder.parent != published}  # the others are there already
     runs = {name: read_run(folder) for name, folder in sources.items()}
     rows = list(compare(config.comparison))
     comparison = _introduction(config.comparison) + as_markdown(rows)
     for folder in (folder for folder in folders if folder.parent == published):
-        card = folder / "README.md"
-        card.write_text(with_comparison(card.read_text(encoding="utf-8"), comparison), encoding="utf-8")
+        old = folder / "README.md"
+        old.write_text(with_comparison(old.read_text(encoding="utf-8"), comparison), encoding="utf-8")
     for name, source in sources.items():
         model, tokenizer = load_model(str(source)), load_tokenizer(str(source))
         card = model_card(

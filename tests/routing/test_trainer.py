@@ -11,7 +11,7 @@ from specdecode.errors import ConfigError, ModelError
 from specdecode.routing.features import Features
 from specdecode.routing.model import AcceptanceModel
 from specdecode.routing.records import ADAPTIVE, NONE, write_records
-from specdecode.routing.report import predicted_speeds
+from specdecode.routing.report import RouterReportConfig, predicted_speeds, report_on
 from specdecode.routing.trainer import RouterTrainingConfig, train_router
 from tests.routing.made import TRUE, WORDS, K, made_records
 
@@ -46,6 +46,33 @@ def test_a_router_that_was_tried_itself_is_reported_beside_its_choice(tmp_path: 
     policies = {policy.name: policy for policy in found.policies}
     assert policies["adaptive, decoded"].tokens_per_second == pytest.approx(1.5)
     assert found.speeds.keys() == {"code", "chat", "generic", NONE}
+
+
+def test_a_router_that_was_trained_before_is_reported_on(tmp_path: Path, encoder: str) -> None:
+    """The same figures as its training gave, and how they compare with plain decoding's."""
+    write_records(tmp_path / "test.json", made_records(60, seed=1))
+    config = config_of(tmp_path, encoder, test_records=[str(tmp_path / "test.json")], validation_share=0.01, num_epochs=3)
+    first = train_router(config)
+    told = {"checkpoint": config.output_dir, "records": config.records, "test_records": config.test_records}
+    found = report_on(RouterReportConfig(**told))
+
+    assert found.errors == first.errors
+    assert found.speeds == first.speeds
+    policies = {policy.name: policy for policy in found.policies}
+    assert policies["oracle"] == {policy.name: policy for policy in first.policies}["oracle"]
+    assert policies[f"always {NONE}"].to_plain == 1
+    assert policies["adaptive"].to_plain == pytest.approx(policies["adaptive"].tokens_per_second)  # plain has one a second
+    low, high = policies["adaptive"].to_plain_interval
+    assert 1 < low < policies["adaptive"].to_plain < high
+
+
+def test_a_report_on_records_of_other_arms_is_refused(tmp_path: Path, encoder: str) -> None:
+    config = config_of(tmp_path, encoder, num_epochs=1)
+    train_router(config)
+    write_records(tmp_path / "test.json", [r for r in made_records(30, seed=1) if r.arm != "chat"])
+    told = {"checkpoint": config.output_dir, "records": config.records, "test_records": [str(tmp_path / "test.json")]}
+    with pytest.raises(ConfigError, match=r"test_records: expected records of the arms \['chat', 'code', 'generic'\]"):
+        report_on(RouterReportConfig(**told))
 
 
 def test_the_checkpoint_says_what_it_is_for(tmp_path: Path, encoder: str) -> None:

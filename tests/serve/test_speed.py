@@ -57,6 +57,16 @@ def test_streams_are_compared_with_the_engine() -> None:
     assert sides["engine"][2] == "1.00x"
 
 
+def test_what_a_router_adds_is_measured(checkpoint: str) -> None:
+    options = [f"routing.checkpoint={checkpoint}", "concurrency=[1,8]", "num_requests=40"]
+    rows = run("routing", *(part for option in options for part in ("--set", option)))
+    figures = {row[0]: [float(cell) for cell in row[1:]] for row in rows if row[0] in ("1", "8")}
+    assert figures.keys() == {"1", "8"}
+    for p50, p99, first_token in figures.values():
+        assert 0 < p50 <= p99
+        assert first_token > 0
+
+
 def test_a_draft_that_the_engine_cannot_have_is_refused() -> None:
     command = [sys.executable, "-m", "specdecode.cli", "http", "--set", "draft=code"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
