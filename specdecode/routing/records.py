@@ -5,12 +5,12 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from specdecode.errors import ConfigError
+from specdecode.rows import schema_of, write_rows
 
 NONE = "none"  # the arm of plain decoding
 ADAPTIVE = "adaptive"  # that of a router, which chooses among the others
@@ -51,20 +51,19 @@ class Record:
     error: str | None = None
 
 
-_TYPES = {str: pa.string(), bool: pa.bool_(), int: pa.int64(), float: pa.float64(), list[float]: pa.list_(pa.float64())}
-_SCHEMA = pa.schema([(name, _TYPES.get(kind, pa.string())) for name, kind in get_type_hints(Record).items()])
+_COLUMNS = schema_of(Record).names
 
 
 def write_records(path: Path, records: Iterable[Record]) -> None:
     """Writes a Parquet file, or a JSON array if the path ends so; whole, or not at all."""
-    rows = [asdict(record) for record in records]
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix != ".json":
+        return write_rows(path, records, Record)
     new = path.with_name(f".{path.name}.new")
-    if path.suffix == ".json":
-        new.write_text(json.dumps(rows, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    else:
-        pq.write_table(pa.Table.from_pylist(rows, _SCHEMA), new)
+    told = json.dumps([asdict(record) for record in records], ensure_ascii=False, indent=1)
+    new.write_text(f"{told}\n", encoding="utf-8")
     new.replace(path)
+    return None
 
 
 def read_records(path: str | Path) -> list[Record]:
@@ -98,7 +97,7 @@ def _record(row: Any, where: str) -> Record:
     try:
         record = Record(**row)
     except TypeError as error:
-        raise ConfigError(f"{where}: expected a record with {', '.join(_SCHEMA.names)}: {error}") from error
+        raise ConfigError(f"{where}: expected a record with {', '.join(_COLUMNS)}: {error}") from error
     figures = (record.acceptance, record.tokens_per_second, *record.accepted_lengths)
     if record.error is None and not all(isinstance(value, (int, float)) and math.isfinite(value) for value in figures):
         raise ConfigError(f"{where}: expected finite figures, got {record.acceptance}, {record.tokens_per_second}")
