@@ -46,11 +46,6 @@ class Tokenizer:
         except (OSError, ValueError) as error:
             raise ModelError(f"tokenizer of {name_or_path!r} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
 
-    @property
-    def inner(self) -> Any:
-        """transformers' own tokenizer."""
-        return self._tokenizer
-
     @cached_property
     def vocabulary_id(self) -> str:
         """A digest of the vocabulary."""

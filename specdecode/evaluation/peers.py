@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
+from transformers import PreTrainedModel, StoppingCriteria
 
 from specdecode.decoding.sequence import SamplingParams
+from specdecode.text import StopCriterion
 
 PeerName = Literal["hf_plain", "hf_assisted", "prompt_lookup"]
 PEERS: tuple[PeerName, ...] = ("hf_plain", "hf_assisted", "prompt_lookup")
@@ -24,20 +25,23 @@ class PeerAnswer:
 
 
 class _Watch(StoppingCriteria):
-    """Notes when tokens have come; stops nothing."""
+    """Notes when tokens have come, and ends at a text that ends the answer: assisted generation takes no `stop_strings`."""
 
-    def __init__(self, num_prompt_tokens: int) -> None:
+    def __init__(self, num_prompt_tokens: int, stop: StopCriterion | None) -> None:
         self.answer = PeerAnswer()
+        self._stop = stop
         self._length = num_prompt_tokens
         self._started = time.perf_counter()
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **_: Any) -> torch.Tensor:
         del scores
-        length = input_ids.shape[1]
+        tokens = input_ids[0, self._length :].tolist()
+        self._length = input_ids.shape[1]
         self.answer.times_s.append(time.perf_counter() - self._started)
-        self.answer.round_tokens.append(length - self._length)
-        self._length = length
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        count = None if self._stop is None else self._stop.feed(tokens)
+        self.answer.tokens += tokens[:count]
+        self.answer.round_tokens.append(len(tokens[:count]))
+        return torch.full((len(input_ids),), count is not None, device=input_ids.device)
 
 
 @torch.inference_mode()
@@ -48,8 +52,7 @@ def peer_generate(
     prompt: Several[int],
     params: SamplingParams,
     k: int,
-    stops: Several[str] = (),
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    stop: StopCriterion | None = None,
 ) -> PeerAnswer:
     """Answers one prompt as transformers would.
 
@@ -60,8 +63,7 @@ def peer_generate(
         prompt: ids.
         params: temperature, top-p, top-k and the number of tokens; others have no meaning here.
         k: tokens to draft in a round.
-        stops: texts that end the answer; need the tokenizer.
-        tokenizer: the target's.
+        stop: watches for texts that end the answer.
     """
     ids = torch.tensor([list(prompt)], device=target.device)
     options: dict[str, Any] = {"do_sample": params.temperature > 0}
@@ -75,13 +77,10 @@ def peer_generate(
         options["assistant_model"] = draft
     elif peer == "prompt_lookup":
         options["prompt_lookup_num_tokens"] = k
-    if stops:
-        options |= {"stop_strings": list(stops), "tokenizer": tokenizer}
     if params.seed is not None:
         torch.manual_seed(params.seed)
-    watch = _Watch(len(prompt))
-    output = target.generate(
+    watch = _Watch(len(prompt), stop)
+    target.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=params.max_tokens, stopping_criteria=[watch], **options
     )
-    watch.answer.tokens = output[0, len(prompt) :].tolist()
     return watch.answer

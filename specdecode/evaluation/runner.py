@@ -156,7 +156,7 @@ class Runner:
         route_time_s = time.perf_counter() - started
         sequences = [Sequence(*one) for one in zip(prompts, sampled, routes, strict=True)]
         places = {sequence.id: place for place, sequence in enumerate(sequences)}
-        stops = [StopCriterion(self._tokenizer, one.item.stops) if one.item.stops else None for one in asked]
+        stops = [self._stop(one.item) for one in asked]
         metrics = [DecodingMetrics() for _ in sequences]
         times: list[list[float]] = [[] for _ in sequences]
         round_tokens: list[list[int]] = [[] for _ in sequences]
@@ -196,8 +196,7 @@ class Runner:
         target, draft = (_transformers_model(b) for b in (self._target, self._drafts.get(cell.draft)))
         assert target is not None
         assert cell.experiment in PEERS
-        tokenizer = self._tokenizer.inner if one.item.stops else None
-        answer = peer_generate(cell.experiment, target, draft, prompt, params, cell.K, one.item.stops, tokenizer)
+        answer = peer_generate(cell.experiment, target, draft, prompt, params, cell.K, self._stop(one.item))
         return replace(
             record,
             tokens=answer.tokens,
@@ -216,6 +215,9 @@ class Runner:
             is_chat = [one.item.format == "chat" for one in asked]
             return [f.route(cell.K) for f in self._router.forecast(texts, [len(prompt) for prompt in prompts], is_chat)]
         return [Route(self._draft_of(cell, one.item), cell.K) for one in asked]
+
+    def _stop(self, item: Item) -> StopCriterion | None:
+        return StopCriterion(self._tokenizer, item.stops) if item.stops else None
 
     def _draft_of(self, cell: Cell, item: Item) -> str:
         if cell.draft != OWN:

@@ -1,0 +1,317 @@
+"""Records in, figures with intervals out. Reads records only, and the same records give the same summary byte for byte.
+
+Speeds are generated tokens over wall time, of sums, never a mean of ratios. An interval holds 95 % of what resamples of the
+questions give; where two ways to decode are compared, the same questions are taken for both. A failure is counted, and part of
+no other figure.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Several
+from dataclasses import dataclass
+
+import numpy as np
+
+from specdecode.evaluation.records import Record
+from specdecode.evaluation.suite import BASELINE, NONE
+
+ALL = "all"  # the domains together
+_NUM_RESAMPLES = 2000
+
+CellName = tuple[str, str, int, float, str, int]
+"""Of a record: experiment, draft, K, temperature, verifier, batch."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number with its interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one cell did in one domain.
+
+    Attributes:
+        experiment, draft, K, temperature, verifier, batch: the cell.
+        domain: a domain, or `all`.
+        num_answers, num_errors: how many there are.
+        tokens_per_second: of an answer that is decoded alone, or of a batch together.
+        speed_up: to the baseline, on the questions that both have answered.
+        acceptance: accepted by drafted tokens; None where nothing was drafted, or nobody counted.
+        tokens_per_pass: generated tokens by passes of the target for an answer.
+        ttft_ms, latency_ms, gap_ms: the median and the 99th percentile, of the first token, of an answer, and of the time from
+            the tokens of one round to the next ones.
+        draft_share, verify_share: of the time, what went into drafting, and into scoring and accepting.
+        num_different: greedy answers that are not the baseline's; None where answers are sampled.
+        right: the share of answers that are right, of those that can be told.
+        perplexity: the geometric mean.
+    """
+
+    experiment: str
+    draft: str
+    K: int
+    temperature: float
+    verifier: str
+    batch: int
+    domain: str
+    num_answers: int
+    num_errors: int
+    tokens_per_second: Figure | None = None
+    speed_up: Figure | None = None
+    acceptance: Figure | None = None
+    tokens_per_pass: Figure | None = None
+    ttft_ms: tuple[float, float] | None = None
+    latency_ms: tuple[float, float] | None = None
+    gap_ms: tuple[float, float] | None = None
+    draft_share: float = 0.0
+    verify_share: float = 0.0
+    num_different: int | None = None
+    right: Figure | None = None
+    perplexity: float | None = None
+
+    @property
+    def cell(self) -> CellName:
+        """What names it."""
+        return self.experiment, self.draft, self.K, self.temperature, self.verifier, self.batch
+
+
+def cell_of(record: Record) -> CellName:
+    """The cell that a record is of."""
+    return record.experiment, record.draft, record.K, record.temperature, record.verifier, record.batch
+
+
+def summarise(records: Iterable[Record]) -> list[Row]:
+    """A row for each cell and domain, and for all domains together, in the records' order."""
+    by_cell: dict[CellName, list[Record]] = defaultdict(list)
+    for record in records:
+        by_cell[cell_of(record)].append(record)
+    domains = list(dict.fromkeys(record.domain for found in by_cell.values() for record in found))
+    rows = []
+    for cell, found in by_cell.items():
+        plain = [r for other, those in by_cell.items() if _is_baseline_of(other, cell) for r in those]
+        for domain in [*domains, ALL] if len(domains) > 1 else domains:
+            mine, theirs = ([record for record in those if domain in (ALL, record.domain)] for those in (found, plain))
+            if mine:
+                rows.append(_row(cell, domain, mine, theirs))
+    return rows
+
+
+def _is_baseline_of(other: CellName, cell: CellName) -> bool:
+    """The plain answers at the same temperature and batch size; of a peer's too."""
+    return other[0] == BASELINE and other[3] == cell[3] and other[5] == cell[5]
+
+
+def _row(cell: CellName, domain: str, mine: list[Record], plain: list[Record]) -> Row:
+    good = [record for record in mine if record.error is None]
+    num_answers, num_errors = len(good), len(mine) - len(good)
+    if not good:
+        return Row(*cell, domain, num_answers, num_errors)
+    total_s = sum(record.latency_s for record in good)
+    perplexities = [record.perplexity for record in good if record.perplexity is not None]
+    return Row(
+        *cell,
+        domain,
+        num_answers,
+        num_errors,
+        tokens_per_second=_ratio(good, _num_tokens, _seconds),
+        speed_up=speed_up(good, plain),
+        acceptance=_ratio(good, lambda r: r.num_accepted, lambda r: r.num_drafted),
+        tokens_per_pass=_ratio(good, _num_tokens, lambda r: len(r.round_tokens)),
+        ttft_ms=_spread([record.ttft_s for record in good]),
+        latency_ms=_spread([record.latency_s for record in good]),
+        gap_ms=_spread([gap for record in good for gap in record.gaps_s]),
+        draft_share=sum(record.draft_time_s for record in good) / total_s,
+        verify_share=sum(record.verify_time_s for record in good) / total_s,
+        num_different=_num_different(good, plain) if cell[3] == 0 and plain else None,
+        right=_ratio([r for r in good if r.is_right is not None], lambda r: bool(r.is_right), lambda _: 1),
+        perplexity=float(np.exp(np.log(perplexities).mean())) if perplexities else None,
+    )
+
+
+def _num_tokens(record: Record) -> int:
+    return len(record.tokens)
+
+
+def _seconds(record: Record) -> float:
+    """An answer's share of the time that its group took together."""
+    return record.group_time_s / record.batch
+
+
+def _ratio(
+    records: list[Record], numerator: Callable[[Record], float], denominator: Callable[[Record], float]
+) -> Figure | None:
+    """A sum by a sum, questions being resampled; None if the denominator is 0."""
+    if not records:
+        return None
+    sums = _by_question(records, numerator, denominator)
+    if not sums[:, 1].any():
+        return None
+    return _figure(sums.sum(0), sums[_resamples(len(sums))].sum(1))
+
+
+def _by_question(records: list[Record], *values: Callable[[Record], float]) -> np.ndarray:
+    """Sums over the answers to each question, [questions, values]."""
+    sums: dict[tuple[str, str], np.ndarray] = {}
+    for record in records:
+        found = np.array([value(record) for value in values], dtype=np.float64)
+        key = (record.dataset, record.item)
+        sums[key] = sums[key] + found if key in sums else found
+    return np.stack(list(sums.values()))
+
+
+def _resamples(count: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, count, (_NUM_RESAMPLES, count))
+
+
+def _figure(value: np.ndarray, resampled: np.ndarray) -> Figure:
+    """Of sums [2] and resampled ones [n, 2]: the first by the second."""
+    ratios = resampled[:, 0] / np.maximum(resampled[:, 1], 1e-12)
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    return Figure(float(value[0] / value[1]), float(low), float(high))
+
+
+def speed_up(records: Iterable[Record], plain: Iterable[Record]) -> Figure | None:
+    """How many times the speed of others, on the answers that both gave; None if there are none."""
+    mine, theirs = ({r.question: r for r in those if r.error is None} for those in (records, plain))
+    shared = [question for question in mine if question in theirs]
+    if not shared:
+        return None
+    parts: dict[tuple[str, str], np.ndarray] = {}
+    for question in shared:
+        one, other = mine[question], theirs[question]
+        found = np.array([_num_tokens(one), _seconds(one), _num_tokens(other), _seconds(other)])
+        parts[question[:2]] = parts.get(question[:2], np.zeros(4)) + found
+    sums = np.stack(list(parts.values()))
+    resampled = sums[_resamples(len(sums))].sum(1)
+    return _figure(_speeds(sums.sum(0)), _speeds(resampled))
+
+
+def _speeds(sums: np.ndarray) -> np.ndarray:
+    """Both speeds, [..., 2], of [..., 4] tokens and seconds of the one and the other."""
+    return np.stack([sums[..., 0] / sums[..., 1], sums[..., 2] / sums[..., 3]], -1)
+
+
+def _num_different(records: list[Record], plain: list[Record]) -> int:
+    """Answers that are not the plain ones, by length and content."""
+    theirs = {record.question: record.tokens for record in plain if record.error is None}
+    return sum(record.tokens != theirs[record.question] for record in records if record.question in theirs)
+
+
+def _spread(seconds: list[float]) -> tuple[float, float] | None:
+    if not seconds:
+        return None
+    middle, late = np.percentile(seconds, [50, 99])
+    return 1000 * float(middle), 1000 * float(late)
+
+
+def acceptance_by_position(records: Iterable[Record]) -> dict[CellName, list[float]]:
+    """For each cell, of the rounds that drafted so far, the share that accepted up to there."""
+    drafted: dict[CellName, np.ndarray] = {}
+    accepted: dict[CellName, np.ndarray] = {}
+    for record in records:
+        if record.num_drafted:
+            for table, counts in ((drafted, record.num_drafted_at), (accepted, record.num_accepted_at)):
+                room = table.setdefault(cell_of(record), np.zeros(record.K))
+                room[: len(counts)] += counts
+    return {cell: (accepted[cell] / np.maximum(drafted[cell], 1)).tolist() for cell in drafted}
+
+
+def best_k(acceptance: float, draft_ms: float, pass_ms: float, limit: int = 16) -> list[float]:
+    """The speed that is expected of each K from 0, to plain decoding: (1 - a^(K+1)) / (1 - a) / (1 + K c).
+
+    Leviathan et al. 2023 (arXiv 2211.17192), theorem 3.8, where c is a draft step's time by that of a pass of the target; a
+    pass is taken to cost the same for K + 1 tokens as for one.
+    """
+    tokens = [sum(acceptance**n for n in range(k + 1)) for k in range(limit + 1)]
+    return [gives / (1 + k * draft_ms / pass_ms) for k, gives in enumerate(tokens)]
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What a router chose, and what that cost.
+
+    Attributes:
+        chosen: by domain and draft, the share of answers that it drafted most of.
+        regret: to the oracle, which takes the fastest of all single drafts and of none for each question; 0 is none.
+        best_single: the draft that is fastest over all, and how many times the router is faster.
+    """
+
+    chosen: dict[str, dict[str, float]]
+    regret: Figure
+    best_single: str
+    to_best_single: Figure
+
+
+def routing(records: Several[Record], experiment: str = "adaptive_routing") -> Routing | None:
+    """Compares a router with the experiments of single drafts; None if one of either is missing."""
+    good = [record for record in records if record.error is None and record.batch == 1]
+    routed = [record for record in good if record.experiment == experiment]
+    single: dict[str, list[Record]] = defaultdict(list)
+    for record in good:
+        if record.experiment in (BASELINE, "generic_draft", "specialized_drafts"):
+            single[record.draft].append(record)
+    if not routed or len(single) < 2:
+        return None
+    answers = {name: {r.question: r for r in found} for name, found in single.items()}
+    shared = [r for r in routed if all(r.question in found for found in answers.values())]
+    if not shared:
+        return None
+    fastest = [min((found[r.question] for found in answers.values()), key=_pace) for r in shared]
+    compared = speed_up(shared, fastest)
+    rates = {name: sum(map(_num_tokens, found)) / sum(map(_seconds, found)) for name, found in single.items()}
+    best = max(rates, key=rates.__getitem__)
+    to_best = speed_up(shared, single[best])
+    assert compared is not None
+    assert to_best is not None
+    chosen: dict[str, dict[str, float]] = {}
+    for domain in dict.fromkeys(record.domain for record in routed):
+        mine = [record.drafter or NONE for record in routed if record.domain == domain]
+        chosen[domain] = {name: mine.count(name) / len(mine) for name in answers}
+    regret = Figure(1 - compared.value, 1 - compared.high, 1 - compared.low)
+    return Routing(chosen, regret, best, to_best)
+
+
+def _pace(record: Record) -> float:
+    return _seconds(record) / max(1, _num_tokens(record))
+
+
+@dataclass(frozen=True)
+class Change:
+    """A cell in two runs: how many times the speed of the first the second has.
+
+    Attributes:
+        cell, domain: what is compared.
+        speed_up: on the questions that both runs answered.
+        verdict: `faster` or `slower` where the interval excludes 1, else `no difference`.
+        num_different: greedy answers that differ.
+    """
+
+    cell: CellName
+    domain: str
+    speed_up: Figure
+    verdict: str
+    num_different: int | None
+
+
+def compare_runs(before: Iterable[Record], after: Iterable[Record]) -> list[Change]:
+    """Compares what both runs have measured."""
+    groups: list[dict[tuple[CellName, str], list[Record]]] = []
+    for records in (before, after):
+        groups.append(defaultdict(list))
+        for record in records:
+            if record.error is None:
+                groups[-1][cell_of(record), record.domain].append(record)
+                groups[-1][cell_of(record), ALL].append(record)
+    first, second = groups
+    changes = []
+    for key in (key for key in first if key in second):
+        figure = speed_up(second[key], first[key])
+        if figure is not None:
+            verdict = "faster" if figure.low > 1 else "slower" if figure.high < 1 else "no difference"
+            different = _num_different(second[key], first[key]) if key[0][3] == 0 else None
+            changes.append(Change(*key, figure, verdict, different))
+    return changes
