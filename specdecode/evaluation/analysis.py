@@ -138,7 +138,7 @@ def _num_tokens(record: Record) -> int:
 
 def _seconds(record: Record) -> float:
     """An answer's share of the time that its group took together."""
-    return record.group_time_s / record.batch
+    return record.group_time_s / record.num_together
 
 
 def _ratio(

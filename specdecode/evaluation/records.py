@@ -22,6 +22,7 @@ class Record:
         domain, category: what kind of question.
         repeat: which answer to it.
         group: names those that were decoded together.
+        num_together: how many these are: fewer than `batch` at a data set's end, and where others have no such turn.
         place: counts what the worker has measured before.
         worker: the process that measured.
         num_prompt_tokens: of the prompt.
@@ -54,6 +55,7 @@ class Record:
     category: str
     repeat: int
     group: str
+    num_together: int = 1
     place: int = 0
     worker: str = ""
     num_prompt_tokens: int = 0

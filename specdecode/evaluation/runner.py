@@ -120,7 +120,8 @@ class Runner:
         found: list[tuple[Record, _Asked, list[int]]] = []
         for turn in range(max(len(one.item.turns) for one in asked)):
             open_ones = [one for one in asked if turn < len(one.item.turns)]
-            records = [_empty(cell, one, turn, repeat, f"{group}.{turn}", self._place, self._worker) for one in open_ones]
+            about = {"turn": turn, "repeat": repeat, "group": f"{group}.{turn}", "num_together": len(open_ones)}
+            records = [_empty(cell, one, **about, place=self._place, worker=self._worker) for one in open_ones]
             self._place += 1
             try:
                 prompts = [self._encode(one) for one in open_ones]
@@ -255,10 +256,10 @@ class Runner:
         return found
 
 
-def _empty(cell: Cell, one: _Asked, turn: int, repeat: int, group: str, place: int, worker: str) -> Record:
+def _empty(cell: Cell, one: _Asked, **about: Any) -> Record:
     item = one.item
-    where = {"dataset": one.dataset, "item": item.id, "turn": turn, "domain": item.domain, "category": item.category}
-    return Record(**asdict(cell), **where, repeat=repeat, group=group, place=place, worker=worker)  # type: ignore[arg-type]
+    where = {"dataset": one.dataset, "item": item.id, "domain": item.domain, "category": item.category}
+    return Record(**asdict(cell), **where, **about)
 
 
 def _forget(backend: ModelBackend) -> None:

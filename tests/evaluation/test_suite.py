@@ -88,6 +88,7 @@ def test_every_cell_gives_the_baseline_s_answers(values: dict[str, Any]) -> None
     assert own <= {("code", "code"), ("chat", "chat")}
     together = Counter(record.group for record in records if record.batch == 2)
     assert set(together.values()) == {1, 2}
+    assert all(record.num_together == together[record.group] for record in records if record.batch == 2)
 
 
 def test_sampled_answers_are_repeatable(values: dict[str, Any]) -> None:
