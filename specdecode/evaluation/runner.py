@@ -258,7 +258,7 @@ class Runner:
 
 def _empty(cell: Cell, one: _Asked, **about: Any) -> Record:
     item = one.item
-    where = {"dataset": one.dataset, "item": item.id, "domain": item.domain, "category": item.category}
+    where: dict[str, Any] = {"dataset": one.dataset, "item": item.id, "domain": item.domain, "category": item.category}
     return Record(**asdict(cell), **where, **about)
 
 
