@@ -5,21 +5,20 @@ import json
 import sys
 import time
 from collections.abc import Sequence as Arguments
-from contextlib import nullcontext
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import Field
 
 from specdecode.config import StrictModel, check_config, load_config, read_yaml, with_overrides
-from specdecode.errors import UserError
+from specdecode.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from specdecode.decoding.metrics import DecodingMetrics
     from specdecode.decoding.sequence import SamplingParams
+    from specdecode.evaluation.analysis import Figure
     from specdecode.text import Tokenizer
 
 VerifierName = Literal["rejection", "block", "coupled"]  # of decoding.sequence, which takes seconds to import
@@ -120,11 +119,23 @@ def _parser() -> argparse.ArgumentParser:
     synthetic.add_argument("--output", required=True, metavar="FOLDER", help="where the folders target and draft are written")
     synthetic.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as num_layers=24 or seed=1")
 
-    benchmark = commands.add_parser("benchmark", help="compare drafts with plain decoding, prompt by prompt in turns")
+    benchmark = commands.add_parser("benchmark", help="compare ways to decode, question by question in turns")
     benchmark.set_defaults(run=_benchmark)
     benchmark.add_argument("--config", required=True, help="such as configs/tiny/benchmark.yaml")
+    benchmark.add_argument("--experiments", metavar="NAME,...", help="such as baseline,generic_draft, instead of the file's")
     benchmark.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the file")
-    benchmark.add_argument("--output", help="write one JSON line per generation to this file")
+    benchmark.add_argument("--json", action="store_true", help="print the summary as JSON")
+
+    report = commands.add_parser("report", help="summarise the results of a benchmark again, from its records alone")
+    report.set_defaults(run=_report)
+    report.add_argument("folder", help="the output_dir of a benchmark")
+    report.add_argument("--json", action="store_true", help="print the summary as JSON")
+
+    compare = commands.add_parser("compare", help="say what is faster or slower in a second benchmark than in a first")
+    compare.set_defaults(run=_compare)
+    compare.add_argument("before", help="the output_dir of a benchmark")
+    compare.add_argument("after", help="that of another one")
+    compare.add_argument("--json", action="store_true", help="print the comparison as JSON")
 
     exchange = commands.add_parser("exchange", help="measure what each way to a draft adds to the draft's own work")
     exchange.set_defaults(run=_exchange)
@@ -297,7 +308,7 @@ def _table(headings: tuple[str, ...], title: str | None = None, num_left: int = 
 def _print_tables(*tables: "Table") -> None:
     from rich.console import Console
 
-    console = Console(width=120 if not sys.stdout.isatty() else None)
+    console = Console(width=160 if not sys.stdout.isatty() else None)
     for table in tables:
         console.print(table)
 
@@ -309,32 +320,80 @@ def _push(parsed: argparse.Namespace) -> None:
 
 
 def _benchmark(parsed: argparse.Namespace) -> None:
-    from specdecode.evaluation.speed import SpeedConfig, measure_speed, summarise
+    from rich.console import Console
+    from rich.progress import Progress
 
-    records = []
-    with Path(parsed.output).open("w", encoding="utf-8") if parsed.output else nullcontext() as file:
-        for record in measure_speed(load_config(parsed.config, SpeedConfig, parsed.set)):
-            records.append(record)
-            if file:
-                print(json.dumps(asdict(record)), file=file, flush=True)
-    left = ("domain", "draft", "verifier")
-    right = ("acceptance", "tokens/draft", "tokens/pass", "tok/s", "speed-up", "draft ms", "verify ms", "different")
+    from specdecode.evaluation.benchmark import run_benchmark
+    from specdecode.evaluation.suite import BenchmarkConfig
+
+    chosen = [f"experiments=[{parsed.experiments}]"] if parsed.experiments else []
+    config = load_config(parsed.config, BenchmarkConfig, [*parsed.set, *chosen])
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("parts", total=None)
+        run_benchmark(config, tell=lambda done, count: progress.update(task, completed=done, total=count))
+    _print_summary(config.output_dir, parsed.json)
+
+
+def _report(parsed: argparse.Namespace) -> None:
+    _print_summary(parsed.folder, parsed.json)
+
+
+def _print_summary(folder: str, as_json: bool) -> None:
+    from specdecode.evaluation.benchmark import write_summary
+
+    summary = write_summary(folder)
+    if as_json:
+        print(json.dumps(asdict(summary), indent=1))
+        return
+    left = ("experiment", "draft", "K", "T", "verifier", "batch", "domain")
+    right = ("answers", "tok/s", "speed-up", "acceptance", "tokens/pass", "ttft ms", "right", "different")
     table = _table(left + right, num_left=len(left))
-    for row in summarise(records):
+    for row in summary.rows:
+        name = (row.experiment, row.draft, str(row.K), f"{row.temperature:g}", row.verifier, str(row.batch), row.domain)
         table.add_row(
-            row.domain,
-            row.draft,
-            row.verifier,
-            f"{row.acceptance_rate:.3f}",
-            f"{row.tokens_per_draft:.2f} ±{row.tokens_per_draft_error:.2f}",
-            f"{row.tokens_per_target_pass:.2f}",
-            f"{row.tokens_per_second:.1f}",
-            f"{row.speed_up:.2f}x",
-            f"{row.draft_ms:.2f}",
-            f"{row.verify_ms:.2f}",
-            str(row.num_different),
+            *name,
+            f"{row.num_answers}" + (f" ({row.num_errors} failed)" if row.num_errors else ""),
+            _figure(row.tokens_per_second, ".1f"),
+            _interval(row.speed_up),
+            _figure(row.acceptance, ".3f"),
+            _figure(row.tokens_per_pass, ".2f"),
+            f"{row.ttft_ms[0]:.1f}" if row.ttft_ms else "",
+            _figure(row.right, ".1%"),
+            "" if row.num_different is None else str(row.num_different),
         )
     _print_tables(table)
+    if summary.routing is not None:
+        found = summary.routing
+        print(f"the router's regret to the fastest draft of each question: {_interval(found.regret, '.1%')}")
+        print(f"it is {_interval(found.to_best_single)} as fast as {found.best_single}, the best single one")
+    print(f"records and summary.json are in {folder}")
+
+
+def _compare(parsed: argparse.Namespace) -> None:
+    from specdecode.evaluation.analysis import compare_runs
+    from specdecode.evaluation.benchmark import read_run
+
+    changes = compare_runs(read_run(parsed.before)[2], read_run(parsed.after)[2])
+    if not changes:
+        raise ConfigError(f"{parsed.before} and {parsed.after}: expected an experiment that both have, found none")
+    if parsed.json:
+        print(json.dumps([asdict(change) for change in changes], indent=1))
+        return
+    left = ("experiment", "draft", "K", "T", "verifier", "batch", "domain")
+    table = _table((*left, "speed", "verdict", "different"), f"{parsed.after} to {parsed.before}", num_left=len(left))
+    for change in changes:
+        different = "" if change.num_different is None else str(change.num_different)
+        cells = [f"{value:g}" if isinstance(value, float) else str(value) for value in change.cell]
+        table.add_row(*cells, change.domain, _interval(change.speed_up), change.verdict, different)
+    _print_tables(table)
+
+
+def _figure(figure: "Figure | None", form: str) -> str:
+    return "" if figure is None else format(figure.value, form)
+
+
+def _interval(figure: "Figure | None", form: str = ".2f") -> str:
+    return "" if figure is None else f"{figure.value:{form}} [{figure.low:{form}}, {figure.high:{form}}]"
 
 
 def _exchange(parsed: argparse.Namespace) -> None:

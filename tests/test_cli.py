@@ -159,11 +159,47 @@ def test_a_bad_file_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_benchmark_compares_every_draft_with_plain_decoding(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    records = tmp_path / "records.jsonl"
-    small = ["--set", "num_prompts=1", "--set", "max_tokens=8", "--set", "domains=[code]"]
-    assert main(["benchmark", "--config", "configs/tiny/benchmark.yaml", "--output", str(records), *small]) == 0
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
-    assert [row[1] for row in rows] == ["none", "generic", "code", "chat", "reasoning"]
+def test_a_benchmark_is_run_reported_on_and_compared(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    files = ["--config", "configs/tiny/benchmark.yaml"]
+    small = ["--set", "max_new_tokens=8", "--set", "datasets=[{name: code, limit: 2}, {name: chat, limit: 1}]"]
+    some = ["--experiments", "baseline,generic_draft,specialized_drafts"]
+    folder = tmp_path / "results"
+    assert main(["benchmark", *files, *small, *some, "--set", f"output_dir={folder}"]) == 0
+    told = capsys.readouterr().out
+    rows = [line.split() for line in told.splitlines()[1:-1]]
+    drafts = ["none", "generic", "code", "chat", "reasoning"]
+    assert [row[1] for row in rows] == [draft for draft in drafts for _ in range(3)]  # each domain, and all
     assert {row[-1] for row in rows} == {"0"}  # no answer differs from the plain one
-    assert len([json.loads(line) for line in records.read_text().splitlines()]) == 5
+    written = (folder / "summary.json").read_bytes()
+    (folder / "summary.json").unlink()
+    assert main(["report", str(folder)]) == 0
+    assert capsys.readouterr().out == told
+    assert (folder / "summary.json").read_bytes() == written  # byte for byte, from the records alone
+    assert main(["report", str(folder), "--json"]) == 0
+    assert capsys.readouterr().out.encode() == written
+    assert main(["compare", str(folder), str(folder), "--json"]) == 0
+    changes = json.loads(capsys.readouterr().out)
+    assert {(change["verdict"], change["num_different"]) for change in changes} == {("no difference", 0)}
+    assert main(["compare", str(folder), str(folder)]) == 0
+    assert capsys.readouterr().out.count("no difference") == len(changes) == 15
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--experiments", "baseline,generic"], "experiments.1: input should be 'baseline'"),
+        (["--set", "datasets=[{name: gsm9k}]"], "datasets.0: name: expected one of alpaca"),
+        (["--set", "datasets=[{name: gsm8k, path: nowhere.jsonl}]"], "nowhere.jsonl: cannot be read as rows"),
+    ],
+)
+def test_a_bad_benchmark_is_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    assert main(["benchmark", "--config", "configs/tiny/benchmark.yaml", *arguments]) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") == 1
+
+
+def test_results_that_are_none_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for arguments in (["report", str(tmp_path)], ["compare", str(tmp_path), str(tmp_path)]):
+        assert main(arguments) == 2
+        assert capsys.readouterr().err.count("\n") == 1

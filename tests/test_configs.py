@@ -12,7 +12,7 @@ from jobs.soak import SoakConfig
 from jobs.training_speed import TrainingSpeedConfig
 from serve.config import ServeConfig
 from specdecode.config import check_config, load_config
-from specdecode.evaluation.speed import SpeedConfig
+from specdecode.evaluation.suite import BenchmarkConfig
 from specdecode.routing.report import RouterReportConfig
 from specdecode.routing.trainer import RouterTrainingConfig
 from specdecode.training.comparison import ComparisonConfig
@@ -24,12 +24,13 @@ from specdecode.training.tokenizer import TokenizerConfig
 ROOT = Path(__file__).parents[1]
 
 MODELS: dict[str, type[BaseModel]] = {
+    "benchmark.yaml": BenchmarkConfig,
     "distill_chat.yaml": DraftTrainingConfig,
     "distill_code.yaml": DraftTrainingConfig,
     "distill_reasoning.yaml": DraftTrainingConfig,
     "router_collect.yaml": CollectionConfig,
     "router_train.yaml": RouterTrainingConfig,
-    "tiny/benchmark.yaml": SpeedConfig,
+    "tiny/benchmark.yaml": BenchmarkConfig,
     "tiny/compare_drafts.yaml": ComparisonConfig,
     "tiny/compare_losses.yaml": ComparisonConfig,
     "tiny/distill_chat.yaml": DraftTrainingConfig,
@@ -50,7 +51,7 @@ MODELS: dict[str, type[BaseModel]] = {
     "tiny/train_code.yaml": DraftTrainingConfig,
     "tiny/train_reasoning.yaml": DraftTrainingConfig,
     "tiny/training_speed.yaml": TrainingSpeedConfig,
-    "tiny/verifiers.yaml": SpeedConfig,
+    "tiny/verifiers.yaml": BenchmarkConfig,
     "train_chat.yaml": DraftTrainingConfig,
     "train_code.yaml": DraftTrainingConfig,
     "train_reasoning.yaml": DraftTrainingConfig,

@@ -16,7 +16,7 @@ def resolve_model(name_or_path: str) -> str:
     family, _, member = name_or_path.partition("/")
     if family != FAMILY or Path(name_or_path).is_dir():
         return name_or_path
-    members = {folder.parent.name: folder.parent for folder in Path(__file__).parent.glob(f"{FAMILY}/*/config.json")}
+    members = {folder.name: folder for folder in Path(__file__).parent.glob(f"{FAMILY}/*") if folder.is_dir()}
     if member not in members:
         names = ", ".join(f"{FAMILY}/{name}" for name in sorted(members))
         raise ModelError(f"model {name_or_path!r} does not exist: the embedded models are {names}")

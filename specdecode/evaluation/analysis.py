@@ -280,6 +280,27 @@ def _pace(record: Record) -> float:
 
 
 @dataclass(frozen=True)
+class Summary:
+    """All that is made of a run's records.
+
+    Attributes:
+        rows: see `Row`.
+        positions: see `acceptance_by_position`, with the cells' parts joined by spaces.
+        routing: what a router chose, if one was tried.
+    """
+
+    rows: list[Row]
+    positions: dict[str, list[float]]
+    routing: Routing | None
+
+
+def summary(records: Several[Record]) -> Summary:
+    """Everything, of the same records always the same."""
+    positions = {" ".join(map(str, cell)): shares for cell, shares in acceptance_by_position(records).items()}
+    return Summary(summarise(records), positions, routing(records))
+
+
+@dataclass(frozen=True)
 class Change:
     """A cell in two runs: how many times the speed of the first the second has.
 

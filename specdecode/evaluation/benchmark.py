@@ -1,8 +1,8 @@
 """A configuration in, a folder of records out, measured in this process; stopped, it goes on where it was.
 
-OUTPUT_DIR/records/part-00000.parquet ...   see `records.Record`
-OUTPUT_DIR/run.json                         how it came about: configuration, versions, machine
-OUTPUT_DIR/summary.json, report.html, *.png what `report` makes of the records, and of nothing else
+- `OUTPUT_DIR/records/part-00000.parquet` ...: see `records.Record`.
+- `OUTPUT_DIR/run.json`: how it came about, configuration, versions, machine.
+- `OUTPUT_DIR/summary.json`: what `write_summary` makes of the records, and of nothing else.
 """
 
 import json
@@ -10,6 +10,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,12 @@ import torch
 
 from specdecode.config import check_config
 from specdecode.errors import ConfigError
+from specdecode.evaluation.analysis import Summary, summary
 from specdecode.evaluation.records import Record, read_records
 from specdecode.evaluation.suite import BenchmarkConfig, as_rows, load_items
 from specdecode.parts import Parts, part_path
 
-RUN, RECORDS = "run.json", "records"
+RUN, RECORDS, SUMMARY = "run.json", "records", "summary.json"
 # What may be another the next time that a benchmark goes on: it does not change what is measured.
 _MAY_CHANGE = {"num_actors", "num_cpus", "num_gpus", "output_dir", "use_wandb"}
 
@@ -88,6 +90,18 @@ def read_run(folder: str | Path) -> tuple[BenchmarkConfig, dict[str, Any], list[
             f"{folder}: expected a finished benchmark, but {len(missing)} of {count} parts are missing: run it again"
         )
     return config, run, read_records([part_path(Path(folder) / RECORDS, number) for number in range(count)])
+
+
+def write_summary(folder: str | Path) -> Summary:
+    """Writes summary.json of a finished run's records, and of nothing else.
+
+    Raises:
+        ConfigError: the folder holds none, or one that is not finished.
+    """
+    _, _, records = read_run(folder)
+    found = summary(records)
+    (Path(folder) / SUMMARY).write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")
+    return found
 
 
 def provenance(config: BenchmarkConfig) -> dict[str, Any]:

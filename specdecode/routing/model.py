@@ -10,6 +10,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from specdecode.embedded import resolve_model
 from specdecode.errors import ModelError
 
 # Standard deviations from the mean; what is farther counts as so far.
@@ -71,13 +72,13 @@ class AcceptanceModel:
         """Reads a folder.
 
         Args:
-            folder: which.
+            folder: which; or tiny/router, that of the embedded family.
             arms: the drafts that there are, in any order, and perhaps others too; not compared if None.
 
         Raises:
             ModelError: there is no router, it is broken, or it is one for other drafts.
         """
-        folder = Path(folder)
+        folder = Path(resolve_model(str(folder)))
         try:
             about = About(**json.loads((folder / _ABOUT).read_text(encoding="utf-8")))
             tensors = load_file(folder / _WEIGHTS)
