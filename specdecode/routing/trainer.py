@@ -19,7 +19,7 @@ from specdecode.errors import ConfigError
 from specdecode.routing.examples import Examples, arms_of, gather
 from specdecode.routing.features import DEFAULT_ENCODER, Features
 from specdecode.routing.model import FARTHEST, About, AcceptanceModel
-from specdecode.routing.records import read_records
+from specdecode.routing.records import Record, read_records
 from specdecode.routing.report import Report, report
 
 logger = logging.getLogger(__name__)
@@ -57,6 +57,7 @@ def train_router(config: RouterTrainingConfig) -> Report:
     others = [record for path in config.test_records for record in read_records(path)]
     if others and arms_of(others) != arms:
         raise ConfigError(f"test_records: expected records of the arms {arms}, got {arms_of(others)}")
+    records = _without_prompts_of(others, records)
     features = Features(config.encoder, device=config.device)
     known = gather(records, arms, features)
     parts = _split(known, config, has_test=not others)
@@ -67,10 +68,6 @@ def train_router(config: RouterTrainingConfig) -> Report:
             raise ConfigError(f"records: expected prompts to {name}, got none of {len(known)}")
     if not any(trial.arms.keys() >= set(arms) for trial in test.trials):
         raise ConfigError(f"records: expected prompts to report on that each of {arms} was tried on, got none of {len(test)}")
-    if shared := {trial.prompt for trial in training.trials} & {trial.prompt for trial in test.trials}:
-        raise ConfigError(
-            f"test_records: expected prompts that are not learned from, got {len(shared)} such as {min(shared)!r}"
-        )
     network = _fit(training, validation, config)
     tensors = _calibrated(network, validation)
     names = features.names
@@ -79,6 +76,17 @@ def train_router(config: RouterTrainingConfig) -> Report:
     about = About(arms, config.encoder, names, model.about.weights, {"config": config.model_dump(), "report": asdict(found)})
     AcceptanceModel(about, tensors).save(Path(config.output_dir))
     return found
+
+
+def _without_prompts_of(others: list[Record], records: list[Record]) -> list[Record]:
+    """The records of prompts that are not reported on: two conversations may end with the same message."""
+    asked = {record.prompt for record in others}
+    kept = [record for record in records if record.prompt not in asked]
+    if not kept:
+        raise ConfigError("records: expected prompts that are not in test_records too, got none")
+    if len(kept) < len(records):
+        logger.info("%d records are of prompts that are reported on, and not learned from", len(records) - len(kept))
+    return kept
 
 
 def _split(examples: Examples, config: RouterTrainingConfig, *, has_test: bool) -> tuple[list[int], list[int], list[int]]:

@@ -138,9 +138,17 @@ def test_records_that_cannot_be_used_are_refused(tmp_path: Path, encoder: str, c
         train_router(config_of(tmp_path, encoder, change(made_records(30))))
 
 
-def test_test_prompts_that_were_learned_from_are_refused(tmp_path: Path, encoder: str) -> None:
+def test_prompts_that_are_reported_on_are_not_learned_from(tmp_path: Path, encoder: str) -> None:
+    write_records(tmp_path / "test.json", made_records(60, seed=1))
+    told = {"test_records": [str(tmp_path / "test.json")], "num_epochs": 2}
+    apart = train_router(config_of(tmp_path, encoder, **told))
+    both = made_records(300) + [replace(record, acceptance=0.01) for record in made_records(60, seed=1)]
+    assert train_router(config_of(tmp_path, encoder, both, **told)) == apart
+
+
+def test_records_of_nothing_but_test_prompts_are_refused(tmp_path: Path, encoder: str) -> None:
     config = config_of(tmp_path, encoder, test_records=[str(tmp_path / "records.parquet")])
-    with pytest.raises(ConfigError, match="expected prompts that are not learned from"):
+    with pytest.raises(ConfigError, match="expected prompts that are not in test_records too, got none"):
         train_router(config)
 
 

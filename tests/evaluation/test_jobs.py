@@ -1,0 +1,77 @@
+"""The benchmark as a job: over processes, stopped by force at any moment and gone on with, every record is there once."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+
+from jobs.benchmark import main as benchmark
+from specdecode.evaluation.benchmark import RECORDS, SUMMARY, read_run
+from specdecode.evaluation.suite import cells
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """Eight parts."""
+    values = {
+        "target": {"model": "tiny/target"},
+        "generic_draft": "tiny/draft-generic",
+        "datasets": [{"name": "code", "limit": 8}, {"name": "chat", "limit": 8}],
+        "experiments": ["baseline", "generic_draft"],
+        "max_new_tokens": 24,
+        "output_dir": str(tmp_path / "results"),
+        "part": 2,
+        "num_actors": 2,
+        "num_cpus": 0.5,
+        "num_threads": 1,
+    }
+    path = tmp_path / "benchmark.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_a_benchmark_that_is_killed_goes_on_and_has_each_record_once(config: Path, tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    command = [sys.executable, "-m", "jobs.benchmark", "--config", str(config)]
+    parts = tmp_path / "results" / RECORDS
+    with (tmp_path / "log.txt").open("wb") as log:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment, start_new_session=True)
+        try:
+            end = time.monotonic() + 120
+            while not list(parts.glob("part-*.parquet")):
+                assert process.poll() is None, (tmp_path / "log.txt").read_text()[-3000:]
+                assert time.monotonic() < end
+                time.sleep(0.05)
+            time.sleep(random.random())
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    begun = {path: path.stat().st_mtime_ns for path in parts.glob("part-*.parquet")}
+
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "32 records, 0 of them failures" in again.stdout
+    assert (tmp_path / "results" / SUMMARY).exists()
+    read_config, _, records = read_run(tmp_path / "results")
+    counts = Counter((record.experiment, record.question) for record in records)
+    assert set(counts.values()) == {1}
+    assert len(counts) == 16 * len(cells(read_config))
+    plain = {record.question: record.tokens for record in records if record.experiment == "baseline"}
+    assert all(record.tokens == plain[record.question] for record in records)
+    assert all(path.stat().st_mtime_ns == when for path, when in begun.items())
+
+
+def test_a_mistake_is_one_line(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark(["--config", str(config), "--set", "experiments=[baseline, ablation_K]"]) == 2
+    error = capsys.readouterr().err
+    assert "draft_models: expected drafts, for ablation_K" in error
+    assert len(error.splitlines()) == 1
