@@ -32,7 +32,7 @@ def as_tables(found: Report) -> str:
     for row in found.errors:
         errors.add_row(row.arm, f"{row.mean_acceptance:.3f}", f"{row.absolute:.3f}", f"{row.bias:+.3f}")
     choices = Table(title="who chooses, with 95 % intervals over prompts; right: the fastest arm, or at most 2 % slower")
-    for name in ("chooser", "tokens/s", "of the oracle's", "of plain decoding's", "right"):
+    for name in ("chooser", "tokens/s", "of the oracle's", "of plain decoding's", "right", "as the domain"):
         choices.add_column(name, justify="left" if name == "chooser" else "right")
     for policy in found.policies:
         (low, high), oracle, plain = policy.interval, policy.to_oracle_interval, policy.to_plain_interval
@@ -42,6 +42,7 @@ def as_tables(found: Report) -> str:
             f"{policy.to_oracle:.3f} [{oracle[0]:.3f}, {oracle[1]:.3f}]",
             f"{policy.to_plain:.3f} [{plain[0]:.3f}, {plain[1]:.3f}]",
             f"{policy.accuracy:.3f}",
+            "" if policy.domain_accuracy is None else f"{policy.domain_accuracy:.3f}",
         )
     return as_text(speeds, errors, choices)
 

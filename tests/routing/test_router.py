@@ -130,3 +130,16 @@ def test_another_encoder_is_refused(checkpoint: str) -> None:
 def test_a_file_configures_it(checkpoint: str, tmp_path: Path) -> None:
     (tmp_path / "router.yaml").write_text(f"checkpoint: {checkpoint}\n")
     assert AdaptiveRouter.from_config(tmp_path / "router.yaml", DRAFTS).drafts == ["chat", "code", "generic"]
+
+
+def test_the_embedded_router_knows_what_a_prompt_is_about() -> None:
+    """With the encoder that comes as a package."""
+    router = AdaptiveRouter.from_config({"checkpoint": "tiny/router"}, ["code", "chat", "reasoning", "generic"])
+    texts = {
+        "code": "def read_lines(path):\n",
+        "chat": "Can I get a large caramel latte with whole milk?",
+        "reasoning": "Tom has 12 pens and buys 3 boxes of 8 pens each. How many pens does he have?",
+    }
+    forecasts = router.forecast(list(texts.values()), [8, 12, 24], [False, True, True])
+    for domain, forecast in zip(texts, forecasts, strict=True):
+        assert forecast.arms[0].drafter == domain

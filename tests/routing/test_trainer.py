@@ -31,6 +31,10 @@ def test_a_router_chooses_as_well_as_one_that_knows(tmp_path: Path, encoder: str
     assert policies["adaptive"].accuracy > 0.95
     assert policies["adaptive"].to_oracle > 0.98
     assert policies["oracle"].to_oracle == policies["oracle"].accuracy == 1
+    assert policies["domain"].domain_accuracy == 1
+    assert policies["adaptive"].domain_accuracy is not None
+    assert policies["adaptive"].domain_accuracy > 0.95
+    assert policies["domain"].tokens_per_second >= max(p.tokens_per_second for n, p in policies.items() if "always" in n)
     single = [policy for name, policy in policies.items() if name.startswith("always")]
     assert all(policy.tokens_per_second < policies["adaptive"].interval[0] for policy in single)
     assert policies["random"].tokens_per_second < policies["centroid"].tokens_per_second
@@ -45,6 +49,7 @@ def test_a_router_that_was_tried_itself_is_reported_beside_its_choice(tmp_path: 
     found = train_router(config_of(tmp_path, encoder, test_records=[str(tmp_path / "test.json")], num_epochs=3))
     policies = {policy.name: policy for policy in found.policies}
     assert policies["adaptive, decoded"].tokens_per_second == pytest.approx(1.5)
+    assert policies["adaptive, decoded"].domain_accuracy is None
     assert found.speeds.keys() == {"code", "chat", "generic", NONE}
 
 
