@@ -87,7 +87,7 @@ async def _waits(router: AdaptiveRouter, subjects: list[Subject], concurrency: i
     async def ask() -> None:
         for number in numbers:
             subject = subjects[number % len(subjects)]
-            subject = subject._replace(text=f"{subject.text} ({number})")  # no text comes twice: none is remembered
+            subject = subject._replace(text=f"{subject.text} ({concurrency}, {number})")  # none is remembered
             started = time.perf_counter()
             await forecaster.forecast([subject])
             seconds.append(time.perf_counter() - started)
