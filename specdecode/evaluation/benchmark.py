@@ -26,7 +26,7 @@ from specdecode.parts import Parts, part_path
 
 RUN, RECORDS, SUMMARY = "run.json", "records", "summary.json"
 # What may be another the next time that a benchmark goes on: it does not change what is measured.
-_MAY_CHANGE = {"num_actors", "num_cpus", "num_gpus", "output_dir", "use_wandb"}
+_MAY_CHANGE = {"num_actors", "num_cpus", "num_gpus", "output_dir"}
 
 Measure = Callable[[BenchmarkConfig, Path, list[dict[str, Any]]], Iterable[dict[str, Any]]]
 """Configuration, folder and parts in; what each part came to out, as it is done."""

@@ -72,7 +72,6 @@ class BenchmarkConfig(StrictModel):
     num_actors: int = Field(default=1, gt=0, description="processes of jobs.benchmark that each hold all models")
     num_cpus: float = Field(default=1.0, ge=0, description="of each of them")
     num_gpus: float = Field(default=0.0, ge=0, description="of each of them")
-    use_wandb: bool = Field(default=False, description="send the summary to Weights & Biases")
 
     @model_validator(mode="after")
     def _check(self) -> "BenchmarkConfig":
