@@ -1,6 +1,5 @@
 """What is known of one answer: a row of a file, and all that analysis reads. Sums and counts; nothing is divided yet."""
 
-import hashlib
 from collections.abc import Sequence as Several
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,11 +81,6 @@ class Record:
     def question(self) -> tuple[str, str, int, int]:
         """What two experiments are compared on: the same answer to the same question."""
         return self.dataset, self.item, self.turn, self.repeat
-
-
-def digest(records: Several[Record]) -> str:
-    """Names a set of records."""
-    return hashlib.sha256("\n".join(map(repr, records)).encode()).hexdigest()[:12]
 
 
 def read_records(paths: Several[Path]) -> list[Record]:
