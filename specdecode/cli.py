@@ -5,7 +5,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence as Arguments
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import Field
@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from specdecode.decoding.metrics import DecodingMetrics
     from specdecode.decoding.sequence import SamplingParams
     from specdecode.evaluation.analysis import Figure
+    from specdecode.evaluation.suite import Cell
     from specdecode.text import Tokenizer
 
 VerifierName = Literal["rejection", "block", "coupled"]  # of decoding.sequence, which takes seconds to import
 _Config = TypeVar("_Config", bound=StrictModel)
+_CELL = ("experiment", "draft", "K", "T", "verifier", "batch", "domain")
 _FLAG: dict[str, Any] = {"action": "store_true", "default": None}
 
 
@@ -345,13 +347,12 @@ def _print_summary(folder: str, as_json: bool) -> None:
     if as_json:
         print(json.dumps(asdict(summary), indent=1))
         return
-    left = ("experiment", "draft", "K", "T", "verifier", "batch", "domain")
     right = ("answers", "tok/s", "speed-up", "acceptance", "tokens/pass", "ttft ms", "right", "different")
-    table = _table(left + right, num_left=len(left))
+    table = _table(_CELL + right, num_left=len(_CELL))
     for row in summary.rows:
-        name = (row.experiment, row.draft, str(row.K), f"{row.temperature:g}", row.verifier, str(row.batch), row.domain)
         table.add_row(
-            *name,
+            *_cell(row.cell),
+            row.domain,
             f"{row.num_answers}" + (f" ({row.num_errors} failed)" if row.num_errors else ""),
             _figure(row.tokens_per_second, ".1f"),
             _interval(row.speed_up),
@@ -379,13 +380,16 @@ def _compare(parsed: argparse.Namespace) -> None:
     if parsed.json:
         print(json.dumps([asdict(change) for change in changes], indent=1))
         return
-    left = ("experiment", "draft", "K", "T", "verifier", "batch", "domain")
-    table = _table((*left, "speed", "verdict", "different"), f"{parsed.after} to {parsed.before}", num_left=len(left))
+    table = _table((*_CELL, "speed", "verdict", "different"), f"{parsed.after} to {parsed.before}", num_left=len(_CELL))
     for change in changes:
         different = "" if change.num_different is None else str(change.num_different)
-        cells = [f"{value:g}" if isinstance(value, float) else str(value) for value in change.cell]
-        table.add_row(*cells, change.domain, _interval(change.speed_up), change.verdict, different)
+        table.add_row(*_cell(change.cell), change.domain, _interval(change.speed_up), change.verdict, different)
     _print_tables(table)
+
+
+def _cell(cell: "Cell") -> list[str]:
+    """A cell's parts, under all headings of `_CELL` but the last."""
+    return [f"{value:g}" if isinstance(value, float) else str(value) for value in astuple(cell)]
 
 
 def _figure(figure: "Figure | None", form: str) -> str:

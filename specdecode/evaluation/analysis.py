@@ -8,18 +8,17 @@ no other figure.
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Several
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from typing import cast
 
 import numpy as np
 
+from specdecode.decoding.sequence import VerifierName
 from specdecode.evaluation.records import Record
-from specdecode.evaluation.suite import BASELINE, NONE
+from specdecode.evaluation.suite import BASELINE, NONE, Cell, ExperimentName
 
 ALL = "all"  # the domains together
 _NUM_RESAMPLES = 2000
-
-CellName = tuple[str, str, int, float, str, int]
-"""Of a record: experiment, draft, K, temperature, verifier, batch."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Row:
     """What one cell did in one domain.
 
     Attributes:
-        experiment, draft, K, temperature, verifier, batch: the cell.
+        cell: what it is.
         domain: a domain, or `all`.
         num_answers, num_errors: how many there are.
         tokens_per_second: of an answer that is decoded alone, or of a batch together.
@@ -51,12 +50,7 @@ class Row:
         perplexity: the geometric mean.
     """
 
-    experiment: str
-    draft: str
-    K: int
-    temperature: float
-    verifier: str
-    batch: int
+    cell: Cell
     domain: str
     num_answers: int
     num_errors: int
@@ -73,20 +67,16 @@ class Row:
     right: Figure | None = None
     perplexity: float | None = None
 
-    @property
-    def cell(self) -> CellName:
-        """What names it."""
-        return self.experiment, self.draft, self.K, self.temperature, self.verifier, self.batch
 
-
-def cell_of(record: Record) -> CellName:
+def cell_of(record: Record) -> Cell:
     """The cell that a record is of."""
-    return record.experiment, record.draft, record.K, record.temperature, record.verifier, record.batch
+    experiment, verifier = cast("ExperimentName", record.experiment), cast("VerifierName", record.verifier)
+    return Cell(experiment, record.draft, record.K, record.temperature, verifier, record.batch)
 
 
 def summarise(records: Iterable[Record]) -> list[Row]:
     """A row for each cell and domain, and for all domains together, in the records' order."""
-    by_cell: dict[CellName, list[Record]] = defaultdict(list)
+    by_cell: dict[Cell, list[Record]] = defaultdict(list)
     for record in records:
         by_cell[cell_of(record)].append(record)
     domains = list(dict.fromkeys(record.domain for found in by_cell.values() for record in found))
@@ -100,20 +90,20 @@ def summarise(records: Iterable[Record]) -> list[Row]:
     return rows
 
 
-def _is_baseline_of(other: CellName, cell: CellName) -> bool:
+def _is_baseline_of(other: Cell, cell: Cell) -> bool:
     """The plain answers at the same temperature and batch size; of a peer's too."""
-    return other[0] == BASELINE and other[3] == cell[3] and other[5] == cell[5]
+    return other.experiment == BASELINE and (other.temperature, other.batch) == (cell.temperature, cell.batch)
 
 
-def _row(cell: CellName, domain: str, mine: list[Record], plain: list[Record]) -> Row:
+def _row(cell: Cell, domain: str, mine: list[Record], plain: list[Record]) -> Row:
     good = [record for record in mine if record.error is None]
     num_answers, num_errors = len(good), len(mine) - len(good)
     if not good:
-        return Row(*cell, domain, num_answers, num_errors)
+        return Row(cell, domain, num_answers, num_errors)
     total_s = sum(record.latency_s for record in good)
     perplexities = [record.perplexity for record in good if record.perplexity is not None]
     return Row(
-        *cell,
+        cell,
         domain,
         num_answers,
         num_errors,
@@ -126,7 +116,7 @@ def _row(cell: CellName, domain: str, mine: list[Record], plain: list[Record]) -
         gap_ms=_spread([gap for record in good for gap in record.gaps_s]),
         draft_share=sum(record.draft_time_s for record in good) / total_s,
         verify_share=sum(record.verify_time_s for record in good) / total_s,
-        num_different=_num_different(good, plain) if cell[3] == 0 and plain else None,
+        num_different=_num_different(good, plain) if cell.temperature == 0 and plain else None,
         right=_ratio([r for r in good if r.is_right is not None], lambda r: bool(r.is_right), lambda _: 1),
         perplexity=float(np.exp(np.log(perplexities).mean())) if perplexities else None,
     )
@@ -208,26 +198,16 @@ def _spread(seconds: list[float]) -> tuple[float, float] | None:
     return 1000 * float(middle), 1000 * float(late)
 
 
-def acceptance_by_position(records: Iterable[Record]) -> dict[CellName, list[float]]:
+def acceptance_by_position(records: Iterable[Record]) -> dict[Cell, list[float]]:
     """For each cell, of the rounds that drafted so far, the share that accepted up to there."""
-    drafted: dict[CellName, np.ndarray] = {}
-    accepted: dict[CellName, np.ndarray] = {}
+    drafted: dict[Cell, np.ndarray] = {}
+    accepted: dict[Cell, np.ndarray] = {}
     for record in records:
         if record.num_drafted:
             for table, counts in ((drafted, record.num_drafted_at), (accepted, record.num_accepted_at)):
                 room = table.setdefault(cell_of(record), np.zeros(record.K))
                 room[: len(counts)] += counts
     return {cell: (accepted[cell] / np.maximum(drafted[cell], 1)).tolist() for cell in drafted}
-
-
-def best_k(acceptance: float, draft_ms: float, pass_ms: float, limit: int = 16) -> list[float]:
-    """The speed that is expected of each K from 0, to plain decoding: (1 - a^(K+1)) / (1 - a) / (1 + K c).
-
-    Leviathan et al. 2023 (arXiv 2211.17192), theorem 3.8, where c is a draft step's time by that of a pass of the target; a
-    pass is taken to cost the same for K + 1 tokens as for one.
-    """
-    tokens = [sum(acceptance**n for n in range(k + 1)) for k in range(limit + 1)]
-    return [gives / (1 + k * draft_ms / pass_ms) for k, gives in enumerate(tokens)]
 
 
 @dataclass(frozen=True)
@@ -296,7 +276,7 @@ class Summary:
 
 def summary(records: Several[Record]) -> Summary:
     """Everything, of the same records always the same."""
-    positions = {" ".join(map(str, cell)): shares for cell, shares in acceptance_by_position(records).items()}
+    positions = {" ".join(map(str, astuple(cell))): shares for cell, shares in acceptance_by_position(records).items()}
     return Summary(summarise(records), positions, routing(records))
 
 
@@ -311,7 +291,7 @@ class Change:
         num_different: greedy answers that differ.
     """
 
-    cell: CellName
+    cell: Cell
     domain: str
     speed_up: Figure
     verdict: str
@@ -320,7 +300,7 @@ class Change:
 
 def compare_runs(before: Iterable[Record], after: Iterable[Record]) -> list[Change]:
     """Compares what both runs have measured."""
-    groups: list[dict[tuple[CellName, str], list[Record]]] = []
+    groups: list[dict[tuple[Cell, str], list[Record]]] = []
     for records in (before, after):
         groups.append(defaultdict(list))
         for record in records:
@@ -333,6 +313,6 @@ def compare_runs(before: Iterable[Record], after: Iterable[Record]) -> list[Chan
         figure = speed_up(second[key], first[key])
         if figure is not None:
             verdict = "faster" if figure.low > 1 else "slower" if figure.high < 1 else "no difference"
-            different = _num_different(second[key], first[key]) if key[0][3] == 0 else None
+            different = _num_different(second[key], first[key]) if key[0].temperature == 0 else None
             changes.append(Change(*key, figure, verdict, different))
     return changes

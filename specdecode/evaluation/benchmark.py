@@ -59,7 +59,7 @@ def run_benchmark(
     rows = as_rows(items, config.part)
     parts = Parts(output / RECORDS, config.model_dump(mode="json", exclude=_MAY_CHANGE))
     if not (output / RUN).exists():
-        (output / RUN).write_text(json.dumps(provenance(config), indent=2) + "\n", encoding="utf-8")
+        (output / RUN).write_text(json.dumps(provenance(config, len(items)), indent=2) + "\n", encoding="utf-8")
     missing = parts.missing(len(rows))
     if tell is not None:
         tell(len(rows) - len(missing), len(rows))
@@ -104,14 +104,13 @@ def write_summary(folder: str | Path) -> Summary:
     return found
 
 
-def provenance(config: BenchmarkConfig) -> dict[str, Any]:
+def provenance(config: BenchmarkConfig, num_questions: int) -> dict[str, Any]:
     """How a run comes about: all that is needed to say whether another one should give the same."""
-    items = load_items(config)
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     return {
         "config": config.model_dump(mode="json"),
-        "num_parts": len(as_rows(items, config.part)),
-        "num_questions": len(items),
+        "num_parts": -(-num_questions // config.part),
+        "num_questions": num_questions,
         "revision": _revision(),
         "versions": {
             "python": platform.python_version(),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from specdecode.backends.backend import ModelBackend, open_model
-from specdecode.backends.huggingface import HuggingFaceBackend
+from specdecode.backends.huggingface import HuggingFaceBackend, forget
 from specdecode.chance import chance
 from specdecode.decoding.control import AdaptiveLength, FixedLength, LengthPolicy
 from specdecode.decoding.drafters import Drafter, ModelDrafter, NoDrafter, RoutedDrafter
@@ -60,21 +60,25 @@ class Runner:
     """
 
     def __init__(self, config: dict[str, Any], folder: str) -> None:
-        self._config = config_ = BenchmarkConfig.model_validate(config)
+        self._config = settings = BenchmarkConfig.model_validate(config)
         self._folder = folder
-        if config_.num_threads is not None:
-            torch.set_num_threads(config_.num_threads)
-        self._cells = cells(config_)
-        self._tokenizer = Tokenizer(config_.target.model)
-        self._target = open_model(config_.target)
+        if settings.num_threads is not None:
+            torch.set_num_threads(settings.num_threads)
+        self._cells = cells(settings)
+        self._tokenizer = Tokenizer(settings.target.model)
+        self._target = open_model(settings.target)
+        named = {cell.draft for cell in self._cells}
         self._drafts = {
-            name: open_model(config_.target.model_copy(update={"model": model, "tp": 1}))
-            for name, model in config_.drafts.items()
+            name: open_model(settings.target.model_copy(update={"model": model, "tp": 1}))
+            for name, model in settings.drafts.items()
+            if name in named or named & {OWN, AUTO}  # which may be any of them
         }
         drafters: dict[str, Drafter] = {name: ModelDrafter.between(draft, self._target) for name, draft in self._drafts.items()}
         self._drafter = RoutedDrafter({NONE: NoDrafter(), **drafters})
-        uses_router = "adaptive_routing" in config_.experiments and config_.routing is not None
-        self._router = AdaptiveRouter.from_config(config_.routing, list(self._drafts)) if uses_router else None  # type: ignore[arg-type]
+        self._router: AdaptiveRouter | None = None
+        if AUTO in named:
+            assert settings.routing is not None, "BenchmarkConfig has checked it"
+            self._router = AdaptiveRouter.from_config(settings.routing, list(self._drafts))
         self._lengths: dict[Cell, LengthPolicy] = {}
         self._verdicts: dict[tuple[str, str, str], bool | None] = {}
         self._worker = f"{platform.node()}:{os.getpid()}"
@@ -146,8 +150,7 @@ class Runner:
     def _decode(
         self, cell: Cell, asked: list[_Asked], prompts: list[list[int]], records: list[Record], max_tokens: int
     ) -> list[Record]:
-        for backend in (self._target, *self._drafts.values()):
-            _forget(backend)  # every way to decode reads the whole prompt
+        forget(self._target, *self._drafts.values())  # every way to decode reads the whole prompt
         sampled = [self._params(cell, record, max_tokens) for record in records]
         if cell.experiment in PEERS:
             [one], [prompt], [params], [record] = asked, prompts, sampled, records
@@ -260,11 +263,6 @@ def _empty(cell: Cell, one: _Asked, **about: Any) -> Record:
     item = one.item
     where: dict[str, Any] = {"dataset": one.dataset, "item": item.id, "domain": item.domain, "category": item.category}
     return Record(**asdict(cell), **where, **about)
-
-
-def _forget(backend: ModelBackend) -> None:
-    if isinstance(backend, HuggingFaceBackend):
-        backend.cache.clear()
 
 
 def _transformers_model(backend: ModelBackend | None) -> Any:

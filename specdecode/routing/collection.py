@@ -16,7 +16,7 @@ import torch
 from pydantic import Field, model_validator
 
 from specdecode.backends.backend import ModelBackend, ModelConfig, Row, open_model
-from specdecode.backends.huggingface import HuggingFaceBackend
+from specdecode.backends.huggingface import forget
 from specdecode.config import StrictModel
 from specdecode.decoding.control import AdaptiveLength
 from specdecode.decoding.drafters import Drafter, ModelDrafter, NoDrafter, RoutedDrafter
@@ -145,9 +145,7 @@ class Collector:
             yield self._decoded_with(prompt, arm)
 
     def _decoded_with(self, prompt: RouterPrompt, arm: str) -> Record:
-        for backend in (self._target, *self._drafts.values()):  # each arm reads the whole prompt, the first and the others
-            if isinstance(backend, HuggingFaceBackend):
-                backend.cache.clear()
+        forget(self._target, *self._drafts.values())  # each arm reads the whole prompt, the first and the others
         try:
             if arm == ADAPTIVE:
                 return self._routed(prompt)

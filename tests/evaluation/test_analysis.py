@@ -9,13 +9,13 @@ import pytest
 from specdecode.evaluation.analysis import (
     ALL,
     acceptance_by_position,
-    best_k,
     compare_runs,
     routing,
     speed_up,
     summarise,
 )
 from specdecode.evaluation.records import Record
+from specdecode.evaluation.suite import Cell
 
 
 def record(experiment: str, item: int, seconds: float, **values: object) -> Record:
@@ -41,7 +41,7 @@ def test_figures_are_sums_divided_once() -> None:
     assert base.tokens_per_second is not None
     assert base.tokens_per_second.value == pytest.approx(1.6)
     assert base.acceptance is None
-    assert row.cell == ("generic_draft", "generic", 3, 0.0, "rejection", 1)
+    assert row.cell == Cell("generic_draft", "generic", 3, 0.0, "rejection", 1)
     assert row.speed_up is not None
     assert row.speed_up.value == row.speed_up.low == row.speed_up.high == pytest.approx(2)  # of every question
     assert row.acceptance is not None
@@ -119,15 +119,8 @@ def test_the_same_records_give_the_same_summary() -> None:
 
 def test_acceptance_by_position() -> None:
     assert acceptance_by_position([record("baseline", 0, 1.0), drafted(0, 1.0, 3), drafted(1, 1.0, 0)]) == {
-        ("generic_draft", "generic", 3, 0.0, "rejection", 1): [0.5, 0.25, 0.0]
+        Cell("generic_draft", "generic", 3, 0.0, "rejection", 1): [0.5, 0.25, 0.0]
     }
-
-
-def test_the_best_k_is_that_of_the_formula() -> None:
-    speeds = best_k(0.8, draft_ms=1.0, pass_ms=10.0, limit=8)
-    assert speeds[0] == 1
-    assert speeds[4] == pytest.approx((1 - 0.8**5) / 0.2 / 1.4)
-    assert best_k(1.0, 0.0, 1.0, 2) == [1, 2, 3]
 
 
 def test_a_router_is_compared_with_the_fastest_of_each_question() -> None:

@@ -1,9 +1,6 @@
 """The benchmark as a job: over processes, stopped by force at any moment and gone on with, every record is there once."""
 
-import os
 import random
-import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -15,8 +12,7 @@ import yaml
 from jobs.benchmark import main as benchmark
 from specdecode.evaluation.benchmark import RECORDS, SUMMARY, read_run
 from specdecode.evaluation.suite import cells
-
-ROOT = Path(__file__).parents[2]
+from tests.killing import kill_once, run_whole
 
 
 @pytest.fixture
@@ -40,26 +36,20 @@ def config(tmp_path: Path) -> Path:
 
 
 def test_a_benchmark_that_is_killed_goes_on_and_has_each_record_once(config: Path, tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     command = [sys.executable, "-m", "jobs.benchmark", "--config", str(config)]
     parts = tmp_path / "results" / RECORDS
-    with (tmp_path / "log.txt").open("wb") as log:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment, start_new_session=True)
-        try:
-            end = time.monotonic() + 120
-            while not list(parts.glob("part-*.parquet")):
-                assert process.poll() is None, (tmp_path / "log.txt").read_text()[-3000:]
-                assert time.monotonic() < end
-                time.sleep(0.05)
+
+    def is_under_way() -> bool:
+        """Some part is there, and a while of up to a second has gone by."""
+        there = bool(list(parts.glob("part-*.parquet")))
+        if there:
             time.sleep(random.random())
-        finally:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        return there
+
+    kill_once(is_under_way, command, tmp_path / "log.txt")
     begun = {path: path.stat().st_mtime_ns for path in parts.glob("part-*.parquet")}
 
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300, check=False)
-    assert again.returncode == 0, again.stderr[-3000:]
-    assert "32 records, 0 of them failures" in again.stdout
+    assert "32 records, 0 of them failures" in run_whole(command)
     assert (tmp_path / "results" / SUMMARY).exists()
     read_config, _, records = read_run(tmp_path / "results")
     counts = Counter((record.experiment, record.question) for record in records)

@@ -1,11 +1,7 @@
 """The router's jobs as they are started: collection over processes, stopped by force and gone on with, and training."""
 
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -15,9 +11,9 @@ import yaml
 from jobs.collect_router_data import main as collect
 from jobs.train_router import main as train
 from specdecode.routing.records import NONE, read_records, write_records
+from tests.killing import kill_once, run_whole
 from tests.routing.made import made_records
 
-ROOT = Path(__file__).parents[2]
 DRAFTS = ("code", "chat", "reasoning")
 MESSAGE = "What should we eat in town tonight, number {}?"
 
@@ -49,25 +45,13 @@ def config(tmp_path: Path) -> Path:
 
 
 def test_a_collection_that_is_killed_goes_on_and_has_each_record_once(config: Path, tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     command = [sys.executable, "-m", "jobs.collect_router_data", "--config", str(config)]
-    with (tmp_path / "log.txt").open("wb") as log:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment, start_new_session=True)
-        try:
-            end = time.monotonic() + 120
-            while len(list((tmp_path / "parts").glob("*.parquet"))) < 2:
-                assert process.poll() is None, (tmp_path / "log.txt").read_text()[-3000:]
-                assert time.monotonic() < end
-                time.sleep(0.05)
-        finally:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    parts = tmp_path / "parts"
+    kill_once(lambda: len(list(parts.glob("*.parquet"))) >= 2, command, tmp_path / "log.txt")
     assert not (tmp_path / "records.json").exists()
     begun = {path: path.stat().st_mtime_ns for path in (tmp_path / "parts").glob("*.parquet")}
 
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300, check=False)
-    assert again.returncode == 0, again.stderr[-3000:]
-    assert "96 records of 24 prompts" in again.stdout
+    assert "96 records of 24 prompts" in run_whole(command)
     records = read_records(tmp_path / "records.json")
     assert set(Counter((record.prompt_id, record.arm) for record in records).values()) == {1}
     assert len(records) == 24 * 4
