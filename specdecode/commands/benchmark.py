@@ -1,0 +1,112 @@
+"""`specdecode benchmark`, `report` and `compare`: a grid of ways to decode in, tables and reports out."""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, astuple
+from typing import TYPE_CHECKING
+
+from specdecode.commands.options import Commands
+from specdecode.commands.tables import figure, interval, make_table, print_tables
+from specdecode.config import load_config
+from specdecode.errors import ConfigError
+
+if TYPE_CHECKING:
+    from specdecode.evaluation.suite import Cell
+
+_CELL = ("experiment", "draft", "K", "T", "verifier", "batch", "domain")
+
+
+def add_benchmark(commands: Commands) -> None:
+    benchmark = commands.add_parser("benchmark", help="compare ways to decode, question by question in turns")
+    benchmark.set_defaults(run=_benchmark)
+    benchmark.add_argument("--config", required=True, help="such as configs/tiny/benchmark.yaml")
+    benchmark.add_argument("--experiments", metavar="NAME,...", help="such as baseline,generic_draft, instead of the file's")
+    benchmark.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the file")
+    benchmark.add_argument("--json", action="store_true", help="print the summary as JSON")
+
+
+def add_report(commands: Commands) -> None:
+    report = commands.add_parser("report", help="summarise the results of a benchmark again, from its records alone")
+    report.set_defaults(run=_report)
+    report.add_argument("folder", help="the output_dir of a benchmark")
+    report.add_argument("--json", action="store_true", help="print the summary as JSON")
+
+
+def add_compare(commands: Commands) -> None:
+    compare = commands.add_parser("compare", help="say what is faster or slower in a second benchmark than in a first")
+    compare.set_defaults(run=_compare)
+    compare.add_argument("before", help="the output_dir of a benchmark")
+    compare.add_argument("after", help="that of another one")
+    compare.add_argument("--json", action="store_true", help="print the comparison as JSON")
+
+
+def _benchmark(parsed: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from specdecode.evaluation.benchmark import run_benchmark
+    from specdecode.evaluation.suite import BenchmarkConfig
+
+    chosen = [f"experiments=[{parsed.experiments}]"] if parsed.experiments else []
+    config = load_config(parsed.config, BenchmarkConfig, [*parsed.set, *chosen])
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("parts", total=None)
+        run_benchmark(config, tell=lambda done, count: progress.update(task, completed=done, total=count))
+    _print_summary(config.output_dir, parsed.json)
+
+
+def _report(parsed: argparse.Namespace) -> None:
+    _print_summary(parsed.folder, parsed.json)
+
+
+def _print_summary(folder: str, as_json: bool) -> None:
+    from specdecode.evaluation.benchmark import write_summary
+
+    summary = write_summary(folder)
+    if as_json:
+        print(json.dumps(asdict(summary), indent=1))
+        return
+    right = ("answers", "tok/s", "speed-up", "acceptance", "tokens/pass", "ttft ms", "right", "different")
+    table = make_table(_CELL + right, num_left=len(_CELL))
+    for row in summary.rows:
+        table.add_row(
+            *_cell(row.cell),
+            row.domain,
+            f"{row.num_answers}" + (f" ({row.num_errors} failed)" if row.num_errors else ""),
+            figure(row.tokens_per_second, ".1f"),
+            interval(row.speed_up),
+            figure(row.acceptance, ".3f"),
+            figure(row.tokens_per_pass, ".2f"),
+            f"{row.ttft_ms[0]:.1f}" if row.ttft_ms else "",
+            figure(row.right, ".1%"),
+            "" if row.num_different is None else str(row.num_different),
+        )
+    print_tables(table)
+    if summary.routing is not None:
+        found = summary.routing
+        print(f"the router's regret to the fastest draft of each question: {interval(found.regret, '.1%')}")
+        print(f"it is {interval(found.to_best_single)} as fast as {found.best_single}, the best single one")
+    print(f"records and summary.json are in {folder}")
+
+
+def _compare(parsed: argparse.Namespace) -> None:
+    from specdecode.evaluation.analysis import compare_runs
+    from specdecode.evaluation.benchmark import read_run
+
+    changes = compare_runs(read_run(parsed.before)[2], read_run(parsed.after)[2])
+    if not changes:
+        raise ConfigError(f"{parsed.before} and {parsed.after}: expected an experiment that both have, found none")
+    if parsed.json:
+        print(json.dumps([asdict(change) for change in changes], indent=1))
+        return
+    table = make_table((*_CELL, "speed", "verdict", "different"), f"{parsed.after} to {parsed.before}", num_left=len(_CELL))
+    for change in changes:
+        different = "" if change.num_different is None else str(change.num_different)
+        table.add_row(*_cell(change.cell), change.domain, interval(change.speed_up), change.verdict, different)
+    print_tables(table)
+
+
+def _cell(cell: "Cell") -> list[str]:
+    """A cell's parts, under all headings of `_CELL` but the last."""
+    return [f"{value:g}" if isinstance(value, float) else str(value) for value in astuple(cell)]

@@ -1,0 +1,143 @@
+"""`specdecode generate`: a prompt in, its continuation and what it took out."""
+
+import argparse
+import sys
+import time
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from specdecode.commands.options import Commands
+from specdecode.config import StrictModel, check_config, read_yaml
+
+if TYPE_CHECKING:
+    from specdecode.decoding.metrics import DecodingMetrics
+    from specdecode.decoding.sequence import SamplingParams
+    from specdecode.text import Tokenizer
+
+VerifierName = Literal["rejection", "block", "coupled"]  # of decoding.sequence, which takes seconds to import
+_FLAG: dict[str, Any] = {"action": "store_true", "default": None}
+
+
+class GenerateConfig(StrictModel):
+    """What `specdecode generate` does; a file given with --config holds these keys, and options override it."""
+
+    model: str = Field(description="the target: a Hugging Face name, a checkpoint folder, or an embedded model")
+    draft: str | None = Field(default=None, description="the draft model; plain decoding if unset")
+    lookup: bool = Field(default=False, description="guess by prompt lookup first, by the draft where it finds nothing")
+    prompt: str = Field(description="the text to continue, or the message to answer with --chat")
+    chat: bool = Field(default=False, description="treat the prompt as a user's message")
+    max_tokens: int = 128
+    K: int = 5
+    adaptive: bool = Field(default=False, description="draft at the most K tokens, as many as pay")
+    min_confidence: float = Field(default=0.0, ge=0, le=1, description="a draft ends where its own probability falls below")
+    n: int = Field(default=1, ge=1, description="how many answers to generate")
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = Field(default_factory=dict)
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] = Field(default_factory=list, description="texts that are never generated")
+    stop: list[str] = Field(default_factory=list, description="the answer ends before these texts")
+    stop_token_ids: list[int] = Field(default_factory=list)
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    seed: int | None = None
+    verifier: VerifierName = "rejection"
+    dtype: str = "auto"
+    device: str = "auto"
+
+
+def add_generate(commands: Commands) -> None:
+    generate = commands.add_parser("generate", help="continue a prompt, and print what it took")
+    generate.set_defaults(run=_generate)
+    generate.add_argument("--config", help="a YAML file with these options as keys")
+    generate.add_argument("--model", help="the target: a Hugging Face name, a checkpoint folder, or tiny/target")
+    generate.add_argument("--draft", help="the draft model; plain decoding without it")
+    generate.add_argument("--lookup", **_FLAG, help="guess by prompt lookup first, by the draft where it finds nothing")
+    generate.add_argument("--prompt", help="the text to continue")
+    generate.add_argument("--chat", **_FLAG, help="treat the prompt as a user's message")
+    generate.add_argument("--max-tokens", type=int, help="generate at the most so many tokens (default 128)")
+    generate.add_argument("--K", type=int, help="how many tokens to draft in a round (default 5)")
+    generate.add_argument("--adaptive", **_FLAG, help="draft at the most K tokens, as many as pay")
+    generate.add_argument("--min-confidence", type=float, help="a draft ends where its own probability falls below (default 0)")
+    generate.add_argument("--n", type=int, help="how many answers to generate (default 1)")
+    generate.add_argument("--temperature", type=float, help="0 takes the most likely token (default 0)")
+    generate.add_argument("--top-p", type=float, help="keep the most likely tokens up to this probability (default 1)")
+    generate.add_argument("--top-k", type=int, help="keep so many most likely tokens; 0 keeps all (default 0)")
+    generate.add_argument("--min-p", type=float, help="keep tokens with this share of the largest probability (default 0)")
+    generate.add_argument("--repetition-penalty", type=float, help="above 1, makes tokens that are there rarer (default 1)")
+    generate.add_argument("--presence-penalty", type=float, help="makes tokens of the answer rarer (default 0)")
+    generate.add_argument("--frequency-penalty", type=float, help="the same, for each time they are there (default 0)")
+    generate.add_argument("--bad-words", action="append", metavar="TEXT", help="never generate this text; may be repeated")
+    generate.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
+    generate.add_argument("--min-tokens", type=int, help="generate at least so many tokens (default 0)")
+    generate.add_argument("--ignore-eos", **_FLAG, help="go on after the model's end token")
+    generate.add_argument("--seed", type=int, help="makes sampling repeatable")
+    generate.add_argument("--verifier", help="how drafted tokens are accepted: rejection, block or coupled (default rejection)")
+    generate.add_argument("--dtype", help="auto, float32, bfloat16 or float16 (default auto)")
+    generate.add_argument("--device", help="auto, cpu, cuda or cuda:N (default auto)")
+
+
+def _generate(parsed: argparse.Namespace) -> None:
+    from specdecode.backends.backend import create_backend  # torch and transformers take seconds to import
+    from specdecode.decoding.control import AdaptiveLength
+    from specdecode.decoding.drafters import ChainDrafter, PromptLookupDrafter
+    from specdecode.decoding.loop import as_drafter, generate
+    from specdecode.decoding.metrics import DecodingMetrics
+    from specdecode.decoding.sequence import Route, Sequence
+    from specdecode.text import StopStrings, Tokenizer
+
+    config = _generate_config(parsed)
+    tokenizer = Tokenizer(config.model)
+    params = _sampling_params(config, tokenizer)
+    message = [{"role": "user", "content": config.prompt}]
+    prompt = tokenizer.encode_chat(message) if config.chat else tokenizer.encode(config.prompt)
+    target = create_backend(config.model, config.dtype, config.device)
+    draft = create_backend(config.draft, config.dtype, config.device) if config.draft else None
+    drafter = as_drafter(draft, target, min_confidence=config.min_confidence)
+    if config.lookup:
+        drafter = ChainDrafter([PromptLookupDrafter(), drafter])
+    for number, choice in enumerate(params.choices(config.n)):
+        sequence = Sequence(prompt, choice, Route("draft", config.K))
+        detokenizer, stops = tokenizer.detokenizer(), StopStrings(config.stop)
+        metrics, started = DecodingMetrics(), time.perf_counter()
+        if config.n > 1:
+            print(f"--- {number + 1} of {config.n}")
+        for ((_, round),) in generate([sequence], drafter, target, AdaptiveLength() if config.adaptive else None):
+            metrics.add(round, time.perf_counter() - started)
+            text = detokenizer.decode(round.tokens)
+            print(stops.feed(text) if metrics.num_generated > config.min_tokens else text, end="", flush=True)
+            if stops.is_stopped:
+                break
+        print("" if stops.is_stopped else stops.feed(detokenizer.flush()) + stops.flush())
+        print(_figures(metrics), file=sys.stderr)
+
+
+def _sampling_params(config: GenerateConfig, tokenizer: "Tokenizer") -> "SamplingParams":
+    from specdecode.decoding.sequence import SamplingParams
+
+    names = GenerateConfig.model_fields.keys() & SamplingParams.__dataclass_fields__.keys()
+    options = {name: getattr(config, name) for name in names}
+    return SamplingParams(**options, bad_words_ids=tuple(tokenizer.spellings(config.bad_words)))
+
+
+def _figures(metrics: "DecodingMetrics") -> str:
+    return (
+        f"[{metrics.num_generated} tokens in {metrics.total_time_s:.2f} s, {metrics.tokens_per_second:.1f} tok/s, "
+        f"first after {metrics.time_to_first_token_s:.3f} s; {metrics.num_target_passes} target passes, "
+        f"{metrics.tokens_per_target_pass:.2f} tokens each; acceptance {metrics.acceptance_rate:.2f} "
+        f"({metrics.num_accepted} of {metrics.num_drafted} drafted)]"
+    )
+
+
+def _generate_config(parsed: argparse.Namespace) -> GenerateConfig:
+    """The options, over the file's keys if there is one."""
+    values = read_yaml(parsed.config) if parsed.config else {}
+    given = {name: getattr(parsed, name, None) for name in GenerateConfig.model_fields}  # some only the file has
+    values.update({name: value for name, value in given.items() if value is not None})
+    return check_config(values, GenerateConfig, where=parsed.config or "generate")
