@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from serve.metrics import Metrics
 from specdecode.decoding.metrics import Verdicts
-from specdecode.routing.router import AdaptiveRouter, Forecast
+from specdecode.routing.forecast import Forecast
+from specdecode.routing.router import AdaptiveRouter
 
 _MAX_BATCH = 64
 

@@ -43,7 +43,8 @@ from serve.transcript import Piece, Wording
 from specdecode.config import check_config
 from specdecode.decoding.metrics import Verdicts
 from specdecode.errors import ConfigError
-from specdecode.routing.router import AdaptiveRouter, Forecast, RoutingConfig
+from specdecode.routing.forecast import Forecast
+from specdecode.routing.router import AdaptiveRouter, RoutingConfig
 from specdecode.text import Tokenizer
 
 logger = logging.getLogger("ray.serve")

@@ -13,10 +13,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from specdecode.decoding.sequence import Round, Sequence
+from specdecode.decoding.sequence import Arm, Round, Sequence
 
 # A sequence is tried with drafts of at least so many tokens for so many rounds, whatever is expected: in the first the draft
-# computes the prompt, and only the next can be timed. Not to try could cost a whole answer its speed-up.
+# computes the prompt, and only the next can be timed. Not to try could cost a whole answer its speed-up. Where a forecast says
+# what will be accepted, and times are known, there is nothing to find out by trying.
 _NUM_TRIES, _TRIED_LENGTH = 2, 2
 # After so many plain rounds a sequence is tried again; after twice as many the next time, and so on.
 _PATIENCE = 32
@@ -73,7 +74,7 @@ class AdaptiveLength:
             if len(sequence.route.arms) > 1 and not sequence.params.depends_on_k:
                 self._choose_arm(sequence, len(sequences))
         by_drafter = _by_drafter(sequences)
-        groups = [self._group(name, members) for name, members in by_drafter.items()]
+        groups = [self._group(name, members, len(sequences)) for name, members in by_drafter.items()]
         _choose_lengths(groups, self._verify_time, len(sequences))
         for group, members in zip(groups, by_drafter.values(), strict=True):
             for sequence, k, limit in zip(members, group.k.tolist(), group.limits.tolist(), strict=True):
@@ -115,10 +116,23 @@ class AdaptiveLength:
             surplus = (draft_time_s - sum(expected.values())) / len(depths)
             self._draft_time(name).add(depth, max(0.0, expected[name] + surplus))
 
-    def _group(self, name: str, members: list[Sequence]) -> "_Group":
+    def _group(self, name: str, members: list[Sequence], batch: int) -> "_Group":
         rates = np.array([self._acceptance_of(sequence).rate for sequence in members])
-        limits = np.array([max(0, min(sequence.route.k, sequence.num_remaining - 1)) for sequence in members])
+        limits = np.array([_limit(sequence) if self._pays_to_begin(sequence, batch) else 0 for sequence in members])
         return _Group(self._draft_time(name), rates.clip(0.01, 0.99), limits, limits)
+
+    def _pays_to_begin(self, sequence: Sequence, batch: int) -> bool:
+        """Whether what a drafter gains on the tokens that are still expected is more than its reading of the text costs."""
+        here, acceptance = sequence.route.drafter or "", self._acceptance_of(sequence)
+        if acceptance.is_drafting or acceptance.num_tries or not self._verify_time.is_known:
+            return True
+        return self._gain_s(sequence, 1 / float(self._verify_time.at(batch)), self._speed(sequence, here, batch), here) > 0
+
+    def _gain_s(self, sequence: Sequence, speed: float, better: float, name: str) -> float:
+        """Seconds saved if the rest of the answer comes with `better` tokens/s through `name`, less those of its reading."""
+        num_expected = min(sequence.num_remaining, sequence.num_generated + _OUTLOOK)
+        num_unread = len(sequence.tokens) - self._belief(sequence, name).num_read
+        return num_expected / speed - num_expected / better - self._reading_times.get(name, Line()).at(num_unread)
 
     def _choose_arm(self, sequence: Sequence, batch: int) -> None:
         """Moves a sequence to the arm that promises the most tokens per second, if the gain pays for that one's reading."""
@@ -129,9 +143,7 @@ class AdaptiveLength:
         speed = self._speed(sequence, here, batch)
         if best == here or speeds[best] <= _MARGIN * speed:
             return
-        num_expected = min(sequence.num_remaining, sequence.num_generated + _OUTLOOK)
-        reading = self._reading_times.get(best, Line()).at(len(sequence.tokens) - self._belief(sequence, best).num_read)
-        if num_expected / speed - num_expected / speeds[best] > reading:
+        if self._gain_s(sequence, speed, speeds[best], best) > 0:
             self._belief(sequence, here).leave()
             sequence.route = sequence.route.through(best)
 
@@ -144,7 +156,7 @@ class AdaptiveLength:
         acceptance = min(max(self._belief(sequence, name).rate, 0.01), 0.99)
         if not self._verify_time.is_known:
             return acceptance
-        k = np.arange(max(0, min(sequence.route.k, sequence.num_remaining - 1)) + 1)
+        k = np.arange(_limit(sequence) + 1)
         tokens = (1 - acceptance ** (k + 1)) / (1 - acceptance)
         times = np.where(k > 0, self._draft_time(name).at(k), 0.0) + self._verify_time.at(batch * (k + 1))
         return float((tokens / np.maximum(times, 1e-9)).max())
@@ -156,8 +168,13 @@ class AdaptiveLength:
         beliefs = self._beliefs.setdefault(sequence, {})
         if name not in beliefs:
             arm = next((arm for arm in sequence.route.arms if arm.drafter == name), None)
-            beliefs[name] = Acceptance() if arm is None else Acceptance(prior_rate=arm.acceptance, prior_trials=arm.weight)
+            beliefs[name] = Acceptance() if arm is None else self._forecast_of(arm)
         return beliefs[name]
+
+    def _forecast_of(self, arm: Arm) -> "Acceptance":
+        is_timed = self._draft_time(arm.drafter).is_known and self._verify_time.is_known
+        num_tries = 0 if is_timed else _NUM_TRIES
+        return Acceptance(prior_rate=arm.acceptance, prior_trials=arm.weight, num_tries=num_tries)
 
     def _draft_time(self, name: str) -> "Line":
         return self._draft_times.setdefault(name, Line())
@@ -298,6 +315,11 @@ def _choose_lengths(groups: list[_Group], verify_time: Line, num_sequences: int)
         times = times + rest_time + verify_time.at(num_sequences + rest_drafted + k.sum(0))
         rates = (rest_tokens + group.tokens(k)) / np.maximum(times, 1e-9)
         group.k = k[:, int(rates.argmax())]
+
+
+def _limit(sequence: Sequence) -> int:
+    """The most tokens that may be drafted for it: one less than are still to come, as the target adds one."""
+    return max(0, min(sequence.route.k, sequence.num_remaining - 1))
 
 
 def _by_drafter(sequences: Several[Sequence]) -> dict[str, list[Sequence]]:

@@ -88,7 +88,7 @@ def speculative_decode(
     max_new_tokens: int = 128,
     K: int = 5,  # noqa: N803  the name that the literature uses
     *,
-    adaptive: bool = False,
+    adaptive: bool | LengthPolicy = False,
     route: Route | None = None,
     n: int = 1,
     stop: str | list[str] | None = None,
@@ -103,7 +103,8 @@ def speculative_decode(
         input_ids: LongTensor [1, length].
         max_new_tokens: generate at the most so many tokens.
         K: how many tokens to draft in a round.
-        adaptive: draft as many as pay, at the most K, and by the arm of the route that pays most.
+        adaptive: draft as many as pay, at the most K, and by the arm of the route that pays most; or a policy that says how
+            many, such as one `AdaptiveLength` for all calls, which remembers what things take.
         route: who drafts, where `draft` is made of several drafters; its k is not looked at.
         n: how many answers to generate.
         stop: strings at which an answer ends; its last token is the one that completes the string.
@@ -135,7 +136,8 @@ def speculative_decode(
     stops = [StopCriterion(tokenizer, stop, params.min_tokens) for _ in sequences] if tokenizer and stop else []
     metrics = DecodingMetrics()
     started = time.perf_counter()
-    for rounds in generate(sequences, as_drafter(draft, target), target, AdaptiveLength() if adaptive else None):
+    length = (AdaptiveLength() if adaptive else None) if isinstance(adaptive, bool) else adaptive
+    for rounds in generate(sequences, as_drafter(draft, target), target, length):
         for sequence, round in rounds:
             if stops:
                 round = end_at(sequence, round, stops[number[sequence.id]].feed(round.tokens))

@@ -32,7 +32,7 @@ class Record:
         num_drafted, num_accepted: drafted tokens.
         num_drafted_at, num_accepted_at: the same by their position in the draft.
         draft_time_s, verify_time_s: spent drafting, and scoring and accepting, by all that were decoded together.
-        route_time_s: spent choosing a draft.
+        route_time_s: until a router had spoken; the target decodes plainly meanwhile.
         ttft_s, latency_s: from the start to the first token and to the last one.
         gaps_s: from the tokens of one round to those of the next.
         group_time_s: until the last answer of the group was done.

@@ -4,6 +4,7 @@ import os
 import platform
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -25,6 +26,8 @@ from specdecode.evaluation.quality import is_right, perplexity
 from specdecode.evaluation.records import Record
 from specdecode.evaluation.suite import AUTO, GENERIC, NONE, OWN, BenchmarkConfig, Cell, cells
 from specdecode.parts import part_path
+from specdecode.routing.forecast import Forecast
+from specdecode.routing.pending import PendingForecasts
 from specdecode.routing.router import AdaptiveRouter
 from specdecode.rows import write_rows
 from specdecode.text import StopCriterion, Tokenizer
@@ -156,15 +159,19 @@ class Runner:
             [one], [prompt], [params], [record] = asked, prompts, sampled, records
             return [self._peer(cell, one, prompt, params, record)]
         started = time.perf_counter()
-        routes = self._routes(cell, asked, prompts)
-        route_time_s = time.perf_counter() - started
+        length, routed = self._length(cell), list[float]()
+        if cell.draft == AUTO:
+            pending = self._begin(asked, prompts)
+            pending.add_done_callback(lambda _: routed.append(time.perf_counter() - started))
+            length = PendingForecasts(pending, cell.K, length)
+        routes = [Route(self._draft_of(cell, one.item), cell.K) for one in asked]
         sequences = [Sequence(*one) for one in zip(prompts, sampled, routes, strict=True)]
         places = {sequence.id: place for place, sequence in enumerate(sequences)}
         stops = [self._stop(one.item) for one in asked]
         metrics = [DecodingMetrics() for _ in sequences]
         times: list[list[float]] = [[] for _ in sequences]
         round_tokens: list[list[int]] = [[] for _ in sequences]
-        for rounds in generate(sequences, self._drafter, self._target, self._length(cell)):
+        for rounds in generate(sequences, self._drafter, self._target, length):
             for sequence, round in rounds:
                 place = places[sequence.id]
                 if stop := stops[place]:
@@ -187,7 +194,7 @@ class Runner:
                 num_accepted_at=found.num_accepted_at,
                 draft_time_s=found.draft_time_s,
                 verify_time_s=found.verify_time_s,
-                route_time_s=route_time_s,
+                route_time_s=routed[0] if routed else 0.0,
                 ttft_s=found.time_to_first_token_s,
                 latency_s=found.total_time_s,
                 gaps_s=_gaps(came),
@@ -212,13 +219,10 @@ class Runner:
             group_time_s=answer.times_s[-1],
         )
 
-    def _routes(self, cell: Cell, asked: list[_Asked], prompts: list[list[int]]) -> list[Route]:
-        if cell.draft == AUTO:
-            assert self._router is not None
-            texts = [one.item.turns[len(one.answers)] for one in asked]
-            is_chat = [one.item.format == "chat" for one in asked]
-            return [f.route(cell.K) for f in self._router.forecast(texts, [len(prompt) for prompt in prompts], is_chat)]
-        return [Route(self._draft_of(cell, one.item), cell.K) for one in asked]
+    def _begin(self, asked: list[_Asked], prompts: list[list[int]]) -> Future[list[Forecast]]:
+        assert self._router is not None
+        texts = [one.item.turns[len(one.answers)] for one in asked]
+        return self._router.begin(texts, [len(prompt) for prompt in prompts], [one.item.format == "chat" for one in asked])
 
     def _stop(self, item: Item) -> StopCriterion | None:
         return StopCriterion(self._tokenizer, item.stops) if item.stops else None

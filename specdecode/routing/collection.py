@@ -25,6 +25,7 @@ from specdecode.decoding.metrics import DecodingMetrics, expected_length
 from specdecode.decoding.sequence import Route, SamplingParams, Sequence
 from specdecode.errors import ConfigError, SpecDecodeError
 from specdecode.parts import part_path
+from specdecode.routing.pending import PendingForecasts
 from specdecode.routing.records import ADAPTIVE, NONE, Record, write_records
 from specdecode.routing.router import AdaptiveRouter, RoutingConfig
 
@@ -168,15 +169,17 @@ class Collector:
         return metrics
 
     def _routed(self, prompt: RouterPrompt) -> Record:
-        """As the router has it; its own time counts."""
+        """As the router has it, with the target decoding plainly until it has spoken."""
         assert self._router is not None
         started = time.perf_counter()
-        [forecast] = self._router.forecast([prompt.text], [len(prompt.tokens)], [prompt.is_chat])
+        pending = self._router.begin([prompt.text], [len(prompt.tokens)], [prompt.is_chat])
+        length = PendingForecasts(pending, self._config.K, self._length)
         params = SamplingParams(temperature=self._config.temperature, seed=None, max_tokens=self._config.max_new_tokens)
-        sequence, metrics = Sequence(prompt.tokens, params, forecast.route(self._config.K)), DecodingMetrics()
-        for [(_, round)] in generate([sequence], RoutedDrafter(self._drafters), self._target, self._length):
+        sequence, metrics = Sequence(prompt.tokens, params), DecodingMetrics()
+        for [(_, round)] in generate([sequence], RoutedDrafter(self._drafters), self._target, length):
             metrics.add(round, time.perf_counter() - started)
-        self._router.learn(forecast, metrics.verdicts)
+        if metrics.verdicts:
+            self._router.learn(pending.result()[0], metrics.verdicts)
         return replace(prompt.record(ADAPTIVE), k=self._config.K, tokens_per_second=metrics.tokens_per_second)
 
     def _answers(self, prompts: list[RouterPrompt]) -> dict[str, list[int]]:

@@ -6,7 +6,7 @@ tokens per second, and leaves it when it disappoints. What then came of it corre
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Several
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,17 @@ from pydantic import Field
 
 from specdecode.backends.backend import ModelBackend
 from specdecode.config import StrictModel, check_config, load_config
+from specdecode.decoding.control import AdaptiveLength
 from specdecode.decoding.drafters import Drafter, RoutedDrafter
 from specdecode.decoding.loop import as_drafter, speculative_decode
 from specdecode.decoding.metrics import DecodingMetrics, Verdicts
-from specdecode.decoding.sequence import Arm, Route
+from specdecode.decoding.sequence import Arm
 from specdecode.errors import ConfigError, ModelError
 from specdecode.routing.correction import Correction
 from specdecode.routing.features import Features
+from specdecode.routing.forecast import Forecast
 from specdecode.routing.model import AcceptanceModel, sigmoid
+from specdecode.routing.pending import PendingForecasts
 from specdecode.text import Tokenizer
 
 
@@ -35,25 +38,6 @@ class RoutingConfig(StrictModel):
     device: str | None = Field(default="cpu", description="of the encoder; the best there is if null")
     tokenizer: str | None = Field(default=None, description="the target's, to read prompts that are given as ids")
     corrects: bool = Field(default=True, description="learn from what drafts turn out to do")
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """What is expected of each draft on one prompt.
-
-    Attributes:
-        arms: the drafts, the best first.
-        embedding: the prompt's.
-        uncorrected: the acceptance of each draft before what was learned online.
-    """
-
-    arms: tuple[Arm, ...]
-    embedding: np.ndarray
-    uncorrected: dict[str, float]
-
-    def route(self, k: int) -> Route:
-        """Begins with the draft that is expected to be accepted most; the first times decide whether it stays."""
-        return Route(self.arms[0].drafter, k, self.arms)
 
 
 class AdaptiveRouter:
@@ -81,6 +65,8 @@ class AdaptiveRouter:
         self._features = features
         self._tokenizer = tokenizer
         self._correction = Correction(model.about.arms, features.width) if corrects else None
+        self._length = AdaptiveLength()  # of `route_and_decode`: what things take is learned once
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="router")  # started when it is needed
 
     @staticmethod
     def from_config(
@@ -118,6 +104,10 @@ class AdaptiveRouter:
         corrected = logits if self._correction is None else logits + self._correction.at(embeddings)
         return [self._forecast(*rows) for rows in zip(embeddings, sigmoid(logits), sigmoid(corrected), strict=True)]
 
+    def begin(self, texts: Several[str], num_tokens: Several[int], is_chat: Several[bool]) -> "Future[list[Forecast]]":
+        """The same on a thread of its own, while the caller does something else, such as to read the prompt."""
+        return self._thread.submit(self.forecast, texts, num_tokens, is_chat)
+
     def _forecast(self, embedding: np.ndarray, uncorrected: np.ndarray, expected: np.ndarray) -> Forecast:
         about = self._model.about
         arms = [Arm(*values) for values in zip(about.arms, expected.tolist(), about.weights, strict=True)]
@@ -144,6 +134,8 @@ class AdaptiveRouter:
     ) -> tuple[torch.Tensor, DecodingMetrics]:
         """Decodes one prompt with the drafts that suit it, as `speculative_decode` does with one.
 
+        It does not wait for its forecast, but decodes plainly until that is there: a short answer is not held up by it.
+
         Args:
             target: the model whose output it is.
             draft_models: all drafts that the router tells apart, by name.
@@ -169,8 +161,10 @@ class AdaptiveRouter:
         drafter = RoutedDrafter({name: as_drafter(draft, target) for name, draft in draft_models.items()})
         tokens = input_ids.flatten().tolist()
         is_chat = not self._tokenizer.special_ids.isdisjoint(tokens[len(self._tokenizer.start_ids) :])
-        [forecast] = self.forecast([self._tokenizer.decode(tokens).strip()], [len(tokens)], [is_chat])
-        options = {"adaptive": True, "tokenizer": self._tokenizer, **options}
-        output, metrics = speculative_decode(target, drafter, input_ids, max_new_tokens, K, route=forecast.route(K), **options)
-        self.learn(forecast, metrics.verdicts)
+        count = options.get("n", 1)
+        pending = self.begin([self._tokenizer.decode(tokens).strip()] * count, [len(tokens)] * count, [is_chat] * count)
+        options = {"adaptive": PendingForecasts(pending, K, self._length), "tokenizer": self._tokenizer, **options}
+        output, metrics = speculative_decode(target, drafter, input_ids, max_new_tokens, K, **options)
+        if metrics.verdicts:
+            self.learn(pending.result()[0], metrics.verdicts)
         return output, metrics

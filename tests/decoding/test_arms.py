@@ -117,6 +117,35 @@ def test_where_no_arm_pays_it_is_about_as_fast_as_plain_decoding(seed):
     assert world.speed > 0.97 * plain
 
 
+def answers(world, count, length):
+    """Tokens per second of many short answers, once a few long ones have told the times."""
+    for _ in range(5):
+        world.begin()
+        world.rounds(100)
+    world.max_tokens = length
+    num_tokens, seconds = 0, 0.0
+    for _ in range(count):
+        world.begin()
+        while world.num_tokens < length:
+            world.round()
+        num_tokens, seconds = num_tokens + world.num_tokens, seconds + world.seconds
+    return num_tokens / seconds
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_short_answer_is_not_tried_where_the_forecast_says_that_it_does_not_pay(seed):
+    acceptance = {"code": 0.1, "chat": 0.15}
+    world = Routed(acceptance, alike(DEAR, *acceptance), acceptance, seed=seed)
+    assert answers(world, 40, 10) > 0.97 * speed(0, 0.5, DEAR, 1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_short_answer_does_not_pay_for_reading_a_long_text(seed):
+    acceptance = {"code": 0.8, "chat": 0.7}
+    world = Routed(acceptance, alike(MODERATE, *acceptance), acceptance, seed=seed, reading=1.0)
+    assert answers(world, 40, 10) > 0.97 * speed(0, 0.5, MODERATE, 1)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_what_was_left_comes_back_when_it_is_better_again(seed):
     acceptance = {"code": 0.9, "chat": 0.6}

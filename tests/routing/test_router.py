@@ -49,13 +49,16 @@ def test_what_is_said_is_the_targets(checkpoint: str, temperature: float) -> Non
     router = router_of(checkpoint, tokenizer="tiny/target")
     sampling = {"temperature": temperature, "seed": 3, "verifier": "coupled"}
     tokenizer = Tokenizer("tiny/target")
+    num_drafts = 0
     for text in ("def read_lines(path):\n", "How many apples are left?"):
         ids = torch.tensor([tokenizer.encode(text)])
-        plain, _ = speculative_decode(target, None, ids, 40, **sampling)
-        output, metrics = router.route_and_decode(target, drafts, ids, 40, **sampling)
+        plain, _ = speculative_decode(target, None, ids, 200, **sampling)
+        output, metrics = router.route_and_decode(target, drafts, ids, 200, **sampling)
         assert torch.equal(output, plain)
         assert metrics.verdicts.keys() <= set(DRAFTS)
-        assert sum(found.num_drafts for found in metrics.verdicts.values()) == metrics.num_drafts > 0
+        assert sum(found.num_drafts for found in metrics.verdicts.values()) == metrics.num_drafts
+        num_drafts += metrics.num_drafts
+    assert num_drafts > 0  # of the answers, which are long enough for a forecast to come
 
 
 def test_mistakes_change_what_is_expected_of_prompts_like_it_and_not_of_others(checkpoint: str) -> None:
