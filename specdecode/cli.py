@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence as Arguments
 
-from specdecode.commands import benchmark, generate, measure, models, serve
+from specdecode.commands import benchmark, generate, measure, models, profile, serve
 from specdecode.errors import UserError
 
 _COMMANDS = (
@@ -15,6 +15,7 @@ _COMMANDS = (
     benchmark.add_benchmark,
     benchmark.add_report,
     benchmark.add_compare,
+    profile.add_profile,
     measure.add_overhead,
     measure.add_exchange,
     measure.add_remote,

@@ -20,6 +20,8 @@ from specdecode.text import Tokenizer
 class HuggingFaceBackend:
     """A `ModelBackend` over a transformers model and a cache of rows; see `create_backend` for the arguments.
 
+    With `model` it is that one, which is on its device already, and the name is only what it is called.
+
     Attributes:
         device: of the logits; that of the output layer where layers are on several.
         num_computed_tokens: how many tokens have gone through the model since it was opened, padding not counted.
@@ -41,16 +43,17 @@ class HuggingFaceBackend:
         max_rows: int = 64,
         prefill_chunk: int = 512,
         preallocate: bool = False,
+        model: Any = None,
     ) -> None:
         self.name = name_or_path
         check_devices(device, device_map, tp, compile, quantization, adapter)
         first_device = resolve_device(device, device_map)
-        config = read_config(name_or_path)
+        config = read_config(name_or_path) if model is None else model.config
         text_config = config.get_text_config()
         self._mask_kinds = mask_kinds(text_config, name_or_path)
         self.max_length: int = resolve_length(max_length, text_config, name_or_path)
         self._ranks = Ranks(tp, max_rows) if tp > 1 else None
-        self.model = load_model(
+        self.model = model or load_model(
             name_or_path,
             config,
             dtype=dtype,

@@ -6,7 +6,7 @@ drafter has gone on meanwhile, and all of the draft is accepted, its next token 
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -26,17 +26,20 @@ from specdecode.text import StopCriterion, Tokenizer
 
 _PROMPT_CHUNK = 256
 
+Verdict = Callable[[list[Sequence], list[Draft], Distributions], tuple[list[int], list[list[int]]]]
+"""Sequences, drafts and the target's distributions in; how many tokens are accepted, and what each round adds, out."""
+
 
 @torch.inference_mode()
-def step(sequences: list[Sequence], drafter: Drafter, target: ModelBackend) -> list[Round]:
-    """Advances every sequence by one round: draft, score, accept."""
+def step(sequences: list[Sequence], drafter: Drafter, target: ModelBackend, verdict: Verdict = accept) -> list[Round]:
+    """Advances every sequence by one round: draft, score, accept. Only with `accept` is the output the target's."""
     started = time.perf_counter()
     drafts = drafter.propose(sequences)
     drafted = time.perf_counter()
     scored = [Scored(s, draft.context, len(draft.context) + 1) for s, draft in zip(sequences, drafts, strict=True)]
     logits = target.logits([Row(part.sequence.id, part.tokens, part.num_scored) for part in scored])  # [sum(k + 1), vocab]
     raw = _raw(logits, scored)
-    lengths, tokens = accept(sequences, drafts, Distributions.of(logits, scored, target.eos_token_ids))
+    lengths, tokens = verdict(sequences, drafts, Distributions.of(logits, scored, target.eos_token_ids))
     verified = time.perf_counter()
     return [
         _extend(*part, target, drafted - started, verified - drafted)

@@ -6,20 +6,16 @@
 """
 
 import json
-import os
-import platform
 import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from specdecode.config import check_config
 from specdecode.errors import ConfigError
 from specdecode.evaluation.analysis import Summary, summary
+from specdecode.evaluation.machine import machine, versions
 from specdecode.evaluation.records import Record, read_records
 from specdecode.evaluation.suite import BenchmarkConfig, as_rows, load_items
 from specdecode.parts import Parts, part_path
@@ -106,22 +102,13 @@ def write_summary(folder: str | Path) -> Summary:
 
 def provenance(config: BenchmarkConfig, num_questions: int) -> dict[str, Any]:
     """How a run comes about: all that is needed to say whether another one should give the same."""
-    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     return {
         "config": config.model_dump(mode="json"),
         "num_parts": -(-num_questions // config.part),
         "num_questions": num_questions,
         "revision": _revision(),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("specdecode", "torch", "transformers")},
-        },
-        "machine": {
-            "processor": _processor(),
-            "num_cores": len(os.sched_getaffinity(0)),
-            "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
-            "gpus": gpus,
-        },
+        "versions": versions(),
+        "machine": machine(),
     }
 
 
@@ -132,11 +119,3 @@ def _revision() -> str | None:
         return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

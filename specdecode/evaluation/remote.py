@@ -174,7 +174,7 @@ def _drafter(arm: Arm, config: RemoteConfig, target: ModelBackend, stack: ExitSt
         return NoDrafter()
     if arm == "local":
         return as_drafter(create_backend(config.draft), target)
-    return stack.enter_context(_draft_process(config, ModelTokens.of(target), run_ahead=arm == "run ahead"))
+    return stack.enter_context(draft_process(config, ModelTokens.of(target), run_ahead=arm == "run ahead"))
 
 
 @contextmanager
@@ -191,7 +191,7 @@ def _pinned(core: int | None, num_threads: int) -> Iterator[None]:
 
 
 @contextmanager
-def _draft_process(config: RemoteConfig, target: ModelTokens, *, run_ahead: bool) -> Iterator[RemoteDrafter]:
+def draft_process(config: RemoteConfig, target: ModelTokens, *, run_ahead: bool) -> Iterator[RemoteDrafter]:
     """A draft in a process of its own on this machine, and the drafter that is connected to it."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
