@@ -61,7 +61,13 @@ def load_deployment(path: str | Path, port: int | None = None) -> Deployment:
         ConfigError: it is no such file; the message is one line.
         ModelError: a draft does not fit the target.
     """
-    values = read_yaml(path)
+    deployment = check_deployment(read_yaml(path), path, port)
+    check_vocabularies(deployment.config)
+    return deployment
+
+
+def check_deployment(values: dict[str, Any], path: str | Path, port: int | None = None) -> Deployment:
+    """The same for what was read from `path`, without a look at the models."""
     try:
         schema = ServeDeploySchema.model_validate(values)
     except ValidationError as error:
@@ -72,7 +78,6 @@ def load_deployment(path: str | Path, port: int | None = None) -> Deployment:
     application = schema.applications[0]
     _check_keys(values["applications"][0], ServeApplicationSchema, path)
     config = check_config(dict(application.args), ServeConfig, where=f"{path}: applications.0.args")
-    check_vocabularies(config)
     overrides = _overrides(application, values["applications"][0].get("deployments", []), config, path)
     return Deployment(
         name=application.name,

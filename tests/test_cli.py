@@ -1,7 +1,14 @@
 """The command line: the text is the target's, the figures are there, and a mistake is one line and exit status 2."""
 
+import argparse
 import json
+import os
 import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +18,10 @@ import yaml
 
 from serve.config import ServeConfig
 from specdecode import create_backend, speculative_decode
-from specdecode.cli import main
+from specdecode.cli import main, parser
 from specdecode.config import check_config
+from specdecode.errors import ConfigError
+from specdecode.evaluation.benchmark import read_run
 from specdecode.text import Tokenizer
 
 PROMPT = "def read_lines(path):\n"
@@ -75,12 +84,165 @@ def test_config_prints_the_whole_file_and_its_memory(capsys: pytest.CaptureFixtu
     assert re.search(memory, printed, re.M)
 
 
+FILES = [
+    "cluster.yaml",
+    *sorted(str(file) for folder in ("configs", "configs/tiny", "configs/cluster") for file in Path(folder).glob("*.yaml")),
+]
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_config_finds_what_every_file_is_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    monkeypatch.setattr("specdecode.commands.config._estimate", lambda model: f"of {model.model}")  # no hub, no seconds
+    monkeypatch.setattr("specdecode.commands.config._training_memory", lambda name: f"of {name}")
+    monkeypatch.setattr("specdecode.commands.config._compare_vocabularies", lambda _: None)
+    assert main(["config", file]) == 0
+    printed = capsys.readouterr().out
+    first = next(yaml.safe_load_all(Path(file).read_text()))
+    whole = yaml.safe_load(printed)
+    assert printed.startswith(f"# {Path(file).name}: for ")
+    assert "applications" in first or "serveConfigV2" in str(first) or set(first) <= set(whole)  # with its defaults
+    assert main(["config", file, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["config"] == whole
+
+
+def test_config_takes_a_kind_and_keys(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "some.yaml"
+    file.write_text("K: 3\nbatch: 2\n")
+    assert main(["config", str(file), "--kind", "overhead", "--set", "length=5", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["kind"] == "overhead"
+    assert (found["config"]["K"], found["config"]["length"]) == (3, 5)
+    assert found["memory"]["target"]["num_weight_bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("K: 3\n", "expected --kind, as it may be one of"),
+        ("data: {}\ntraining: {}\n", "missing"),
+        ("cluster_name: some\n", "some.yaml"),
+        ("kind: RayService\nspec: {}\n", "spec.serveConfigV2: expected a Serve config file"),
+        ("target: {model: tiny/target}\ndatasets: [{name: code}]\noutput_dir: a\ncolour: red\n", "colour: unknown key"),
+    ],
+)
+def test_config_says_what_is_wrong_in_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, message: str
+) -> None:
+    file = tmp_path / "some.yaml"
+    file.write_text(text)
+    assert main(["config", str(file)]) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") == 1
+
+
+def test_models_are_described(capsys: pytest.CaptureFixture[str], draft_folder: str) -> None:
+    assert main(["models"]) == 0
+    assert {line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]} == {
+        *("tiny/target", "tiny/router", "tiny/draft-generic", "tiny/draft-code", "tiny/draft-chat", "tiny/draft-reasoning")
+    }
+    assert main(["models", "tiny/target", draft_folder, "--json"]) == 0
+    target, draft = json.loads(capsys.readouterr().out)
+    backend = create_backend("tiny/target")
+    assert target["kind"] == "target"
+    assert target["num_parameters"] == sum(weights.numel() for weights in backend.model.parameters())  # type: ignore[attr-defined]
+    assert (target["vocab_size"], target["max_length"]) == (backend.vocab_size, backend.max_length)
+    assert draft["num_bytes"] == sum(file.stat().st_size for file in Path(draft_folder).iterdir())
+    assert main(["models", "--config", "configs/tiny/benchmark.yaml", "--json"]) == 0
+    kinds = {model["name"]: model["kind"] for model in json.loads(capsys.readouterr().out)}
+    assert kinds == {"tiny/target": "target", "tiny/router": "router"} | {
+        f"tiny/draft-{name}": "draft" for name in ("generic", "code", "chat", "reasoning")
+    }
+
+
+def test_a_model_that_is_none_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "tiny/nothing"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def commands() -> dict[str, argparse.ArgumentParser]:
+    [action] = [action for action in parser()._actions if isinstance(action, argparse._SubParsersAction)]
+    return dict(action.choices)
+
+
+@pytest.mark.parametrize("name", commands())
+def test_the_help_of_every_command_has_an_example_that_parses(name: str) -> None:
+    examples = re.findall(rf"^ *(?:HF_TOKEN=\S+ )?specdecode ({name}\b.*)$", commands()[name].format_help(), re.M)
+    assert examples
+    for example in examples:
+        assert parser().parse_args(shlex.split(example.partition(" > ")[0], comments=True)).command == name
+
+
+def test_the_version_and_the_exit_statuses_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert re.fullmatch(r"specdecode \d+\.\d+\.\d+\n", capsys.readouterr().out)
+    told = parser().format_help()
+    assert all(re.search(rf"^  {status} ", told, re.M) for status in (0, 1, 2, 130))
+    for mistake in ([], ["nonsense"], ["generate", "--colour"]):
+        with pytest.raises(SystemExit) as ended:
+            main(mistake)
+        assert ended.value.code == 2
+
+
+def test_completion_knows_every_command_and_is_a_script(capsys: pytest.CaptureFixture[str]) -> None:
+    for shell in ("bash", "zsh"):
+        assert main(["completion", shell]) == 0
+        script = capsys.readouterr().out
+        assert all(name in script for name in commands())
+    assert main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out + 'COMP_WORDS=(specdecode ben) COMP_CWORD=1; _shtab_specdecode; echo "${COMPREPLY[@]}"'
+    completed = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert completed.stdout.split() == ["benchmark"]
+
+
+def test_generate_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate("--draft", "tiny/draft-code", "--json", "--n", "2") == 0
+    printed = capsys.readouterr()
+    answers = json.loads(printed.out)
+    assert [answer["text"] + "\n" for answer in answers] == [expected()] * 2
+    assert answers[0]["num_generated"] == 24
+    assert printed.err == ""
+
+
+def test_nobody_reads_to_the_end() -> None:
+    piped = f"{sys.executable} -m specdecode.cli completion bash | head -1 > /dev/null; exit ${{PIPESTATUS[0]}}"
+    ended = subprocess.run(["bash", "-c", piped], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (1, "")
+
+
+def test_an_interrupted_benchmark_leaves_nothing_running_and_goes_on(tmp_path: Path) -> None:
+    arguments = ["--set", "max_new_tokens=48", "--set", "part=1", "--set", f"output_dir={tmp_path}"]
+    arguments += ["--set", "datasets=[{name: code, limit: 40}]", "--experiments", "baseline,generic_draft"]
+    command = [sys.executable, "-m", "specdecode.cli", "benchmark", "--config", "configs/tiny/benchmark.yaml", *arguments]
+    benchmark = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 120
+    while not (done := list(tmp_path.glob("records/part-*.parquet"))) and time.monotonic() < until:
+        time.sleep(0.05)
+    os.killpg(benchmark.pid, signal.SIGINT)  # as a terminal does
+    _, told = benchmark.communicate(timeout=60)
+    assert done
+    assert benchmark.returncode == 130
+    assert told == ""  # quiet off a terminal, and no traceback
+    with pytest.raises(ProcessLookupError):  # nobody of its group is left
+        os.killpg(benchmark.pid, 0)
+    with pytest.raises(ConfigError, match="run it again"):
+        read_run(tmp_path)
+
+
 def test_overhead_prints_its_tables(capsys: pytest.CaptureFixture[str]) -> None:
     small = ["vocab_size=500", "batch=2", "K=2", "length=32", "num_rounds=2"]
     assert main(["overhead", *(part for value in small for part in ("--set", value))]) == 0
     printed = capsys.readouterr().out
     for words in ("greedy, all penalties", "not in a forward pass", "shared with a request before"):
         assert words in printed
+    assert main(["overhead", "--json", *(part for value in small for part in ("--set", value))]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found) == {"overhead", "share", "prefix_reuse"}
+    assert all(isinstance(row["total_ms"], float) for row in found["overhead"])
 
 
 @pytest.mark.parametrize("options", [[], ["--draft", "tiny/draft-code"], ["--draft", "tiny/draft-chat", "--K", "2"]])

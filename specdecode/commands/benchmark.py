@@ -1,13 +1,12 @@
 """`specdecode benchmark`, `report` and `compare`: a grid of ways to decode in, tables and reports out."""
 
 import argparse
-import json
 import sys
-from dataclasses import asdict, astuple
+from dataclasses import astuple
 from typing import TYPE_CHECKING
 
-from specdecode.commands.options import Commands
-from specdecode.commands.tables import figure, interval, make_table, print_tables
+from specdecode.commands.options import Commands, add_command, add_config, add_json
+from specdecode.commands.tables import figure, interval, make_table, print_json, print_tables
 from specdecode.config import load_config
 from specdecode.errors import ConfigError
 
@@ -18,27 +17,41 @@ _CELL = ("experiment", "draft", "K", "T", "verifier", "batch", "domain")
 
 
 def add_benchmark(commands: Commands) -> None:
-    benchmark = commands.add_parser("benchmark", help="compare ways to decode, question by question in turns")
-    benchmark.set_defaults(run=_benchmark)
-    benchmark.add_argument("--config", required=True, help="such as configs/tiny/benchmark.yaml")
+    benchmark = add_command(
+        commands,
+        "benchmark",
+        _benchmark,
+        "compare ways to decode, question by question in turns",
+        "specdecode benchmark --config configs/tiny/benchmark.yaml --experiments baseline --set output_dir=results/some",
+    )
+    add_config(benchmark, "K=3 or num_repeats=2", file="configs/tiny/benchmark.yaml")
     benchmark.add_argument("--experiments", metavar="NAME,...", help="such as baseline,generic_draft, instead of the file's")
-    benchmark.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the file")
-    benchmark.add_argument("--json", action="store_true", help="print the summary as JSON")
+    add_json(benchmark)
 
 
 def add_report(commands: Commands) -> None:
-    report = commands.add_parser("report", help="summarise the results of a benchmark again, from its records alone")
-    report.set_defaults(run=_report)
+    report = add_command(
+        commands,
+        "report",
+        _report,
+        "summarise the results of a benchmark again, from its records alone",
+        "specdecode report results/tiny",
+    )
     report.add_argument("folder", help="the output_dir of a benchmark")
-    report.add_argument("--json", action="store_true", help="print the summary as JSON")
+    add_json(report)
 
 
 def add_compare(commands: Commands) -> None:
-    compare = commands.add_parser("compare", help="say what is faster or slower in a second benchmark than in a first")
-    compare.set_defaults(run=_compare)
+    compare = add_command(
+        commands,
+        "compare",
+        _compare,
+        "say what is faster or slower in a second benchmark than in a first",
+        "specdecode compare results/before results/after",
+    )
     compare.add_argument("before", help="the output_dir of a benchmark")
     compare.add_argument("after", help="that of another one")
-    compare.add_argument("--json", action="store_true", help="print the comparison as JSON")
+    add_json(compare)
 
 
 def _benchmark(parsed: argparse.Namespace) -> None:
@@ -65,7 +78,7 @@ def _print_summary(folder: str, as_json: bool) -> None:
 
     summary = write_summary(folder)
     if as_json:
-        print(json.dumps(asdict(summary), indent=1))
+        print_json(summary)
         return
     right = ("answers", "tok/s", "speed-up", "acceptance", "tokens/pass", "ttft ms", "right", "different")
     table = make_table(_CELL + right, num_left=len(_CELL))
@@ -98,7 +111,7 @@ def _compare(parsed: argparse.Namespace) -> None:
     if not changes:
         raise ConfigError(f"{parsed.before} and {parsed.after}: expected an experiment that both have, found none")
     if parsed.json:
-        print(json.dumps([asdict(change) for change in changes], indent=1))
+        print_json(changes)
         return
     table = make_table((*_CELL, "speed", "verdict", "different"), f"{parsed.after} to {parsed.before}", num_left=len(_CELL))
     for change in changes:

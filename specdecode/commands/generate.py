@@ -3,16 +3,18 @@
 import argparse
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from specdecode.commands.options import Commands
+from specdecode.commands.options import Commands, add_command, add_json
+from specdecode.commands.tables import print_json
 from specdecode.config import StrictModel, check_config, read_yaml
 
 if TYPE_CHECKING:
     from specdecode.decoding.metrics import DecodingMetrics
-    from specdecode.decoding.sequence import SamplingParams
+    from specdecode.decoding.sequence import Round, SamplingParams
     from specdecode.text import Tokenizer
 
 VerifierName = Literal["rejection", "block", "coupled"]  # of decoding.sequence, which takes seconds to import
@@ -53,9 +55,14 @@ class GenerateConfig(StrictModel):
 
 
 def add_generate(commands: Commands) -> None:
-    generate = commands.add_parser("generate", help="continue a prompt, and print what it took")
-    generate.set_defaults(run=_generate)
-    generate.add_argument("--config", help="a YAML file with these options as keys")
+    generate = add_command(
+        commands,
+        "generate",
+        _generate,
+        "continue a prompt, and print what it took",
+        'specdecode generate --model tiny/target --draft tiny/draft-code --prompt "def read_lines(path):" --K 4',
+    )
+    generate.add_argument("--config", metavar="FILE", help="a YAML file with these options as keys")
     generate.add_argument("--model", help="the target: a Hugging Face name, a checkpoint folder, or tiny/target")
     generate.add_argument("--draft", help="the draft model; plain decoding without it")
     generate.add_argument("--lookup", **_FLAG, help="guess by prompt lookup first, by the draft where it finds nothing")
@@ -81,6 +88,7 @@ def add_generate(commands: Commands) -> None:
     generate.add_argument("--verifier", help="how drafted tokens are accepted: rejection, block or coupled (default rejection)")
     generate.add_argument("--dtype", help="auto, float32, bfloat16 or float16 (default auto)")
     generate.add_argument("--device", help="auto, cpu, cuda or cuda:N (default auto)")
+    add_json(generate)
 
 
 def _generate(parsed: argparse.Namespace) -> None:
@@ -90,7 +98,7 @@ def _generate(parsed: argparse.Namespace) -> None:
     from specdecode.decoding.loop import as_drafter, generate
     from specdecode.decoding.metrics import DecodingMetrics
     from specdecode.decoding.sequence import Route, Sequence
-    from specdecode.text import StopStrings, Tokenizer
+    from specdecode.text import Tokenizer
 
     config = _generate_config(parsed)
     tokenizer = Tokenizer(config.model)
@@ -102,20 +110,40 @@ def _generate(parsed: argparse.Namespace) -> None:
     drafter = as_drafter(draft, target, min_confidence=config.min_confidence)
     if config.lookup:
         drafter = ChainDrafter([PromptLookupDrafter(), drafter])
+    answers = []
     for number, choice in enumerate(params.choices(config.n)):
         sequence = Sequence(prompt, choice, Route("draft", config.K))
-        detokenizer, stops = tokenizer.detokenizer(), StopStrings(config.stop)
-        metrics, started = DecodingMetrics(), time.perf_counter()
+        rounds = generate([sequence], drafter, target, AdaptiveLength() if config.adaptive else None)
+        metrics = DecodingMetrics()
+        texts = _texts((round for ((_, round),) in rounds), metrics, tokenizer, config)
+        if parsed.json:
+            answers.append({"text": "".join(texts), **_as_json(metrics)})
+            continue
         if config.n > 1:
             print(f"--- {number + 1} of {config.n}")
-        for ((_, round),) in generate([sequence], drafter, target, AdaptiveLength() if config.adaptive else None):
-            metrics.add(round, time.perf_counter() - started)
-            text = detokenizer.decode(round.tokens)
-            print(stops.feed(text) if metrics.num_generated > config.min_tokens else text, end="", flush=True)
-            if stops.is_stopped:
-                break
-        print("" if stops.is_stopped else stops.feed(detokenizer.flush()) + stops.flush())
+        for text in texts:
+            print(text, end="", flush=True)
+        print()
         print(_figures(metrics), file=sys.stderr)
+    if parsed.json:
+        print_json(answers)
+
+
+def _texts(
+    rounds: "Iterable[Round]", metrics: "DecodingMetrics", tokenizer: "Tokenizer", config: GenerateConfig
+) -> Iterator[str]:
+    """The answer as it comes, up to a stop string; rounds are counted in `metrics`."""
+    from specdecode.text import StopStrings
+
+    detokenizer, stops = tokenizer.detokenizer(), StopStrings(config.stop)
+    started = time.perf_counter()
+    for round in rounds:
+        metrics.add(round, time.perf_counter() - started)
+        text = detokenizer.decode(round.tokens)
+        yield stops.feed(text) if metrics.num_generated > config.min_tokens else text
+        if stops.is_stopped:
+            return
+    yield stops.feed(detokenizer.flush()) + stops.flush()
 
 
 def _sampling_params(config: GenerateConfig, tokenizer: "Tokenizer") -> "SamplingParams":
@@ -133,6 +161,12 @@ def _figures(metrics: "DecodingMetrics") -> str:
         f"{metrics.tokens_per_target_pass:.2f} tokens each; acceptance {metrics.acceptance_rate:.2f} "
         f"({metrics.num_accepted} of {metrics.num_drafted} drafted)]"
     )
+
+
+def _as_json(metrics: "DecodingMetrics") -> dict[str, float]:
+    counts = ("num_generated", "num_target_passes", "num_drafted", "num_accepted")
+    figures = ("acceptance_rate", "tokens_per_target_pass", "tokens_per_second", "time_to_first_token_s", "total_time_s")
+    return {name: getattr(metrics, name) for name in counts + figures}
 
 
 def _generate_config(parsed: argparse.Namespace) -> GenerateConfig:

@@ -1,7 +1,12 @@
-"""Figures in, tables on the terminal out."""
+"""Figures in, tables on the terminal or JSON for programs out."""
 
+import json
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from dataclasses import asdict, is_dataclass
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -27,9 +32,26 @@ def print_tables(*tables: "Table") -> None:
         console.print(table)
 
 
+def print_json(found: Any) -> None:
+    """Prints figures as JSON: dataclasses and pydantic models by their fields, alone or in lists and mappings."""
+    print(json.dumps(_plain(found), indent=1))
+
+
 def figure(value: "Figure | None", form: str) -> str:
     return "" if value is None else format(value.value, form)
 
 
 def interval(value: "Figure | None", form: str = ".2f") -> str:
     return "" if value is None else f"{value.value:{form}} [{value.low:{form}}, {value.high:{form}}]"
+
+
+def _plain(found: Any) -> Any:
+    if is_dataclass(found) and not isinstance(found, type):
+        return asdict(found)
+    if isinstance(found, BaseModel):
+        return found.model_dump(mode="json")
+    if isinstance(found, dict):
+        return {name: _plain(value) for name, value in found.items()}
+    if isinstance(found, Iterable) and not isinstance(found, str):
+        return [_plain(value) for value in found]
+    return found

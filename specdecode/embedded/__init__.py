@@ -16,8 +16,11 @@ def resolve_model(name_or_path: str) -> str:
     family, _, member = name_or_path.partition("/")
     if family != FAMILY or Path(name_or_path).is_dir():
         return name_or_path
-    members = {folder.name: folder for folder in Path(__file__).parent.glob(f"{FAMILY}/*") if folder.is_dir()}
-    if member not in members:
-        names = ", ".join(f"{FAMILY}/{name}" for name in sorted(members))
-        raise ModelError(f"model {name_or_path!r} does not exist: the embedded models are {names}")
-    return str(members[member])
+    if name_or_path not in embedded_models():
+        raise ModelError(f"model {name_or_path!r} does not exist: the embedded models are {', '.join(embedded_models())}")
+    return str(Path(__file__).parent / FAMILY / member)
+
+
+def embedded_models() -> list[str]:
+    """The names of the family's members, its router among them."""
+    return sorted(f"{FAMILY}/{folder.name}" for folder in Path(__file__).parent.glob(f"{FAMILY}/*") if folder.is_dir())

@@ -57,6 +57,11 @@ class AcceptanceModel:
         hidden = np.maximum(0.0, standardised @ t["hidden.weight"].T + t["hidden.bias"])
         return (hidden @ t["output.weight"].T + t["output.bias"]) * t["calibration"][:, 0] + t["calibration"][:, 1]
 
+    @property
+    def num_parameters(self) -> int:
+        """The numbers that it consists of."""
+        return sum(tensor.size for tensor in self._tensors.values())
+
     def predict(self, features: np.ndarray) -> np.ndarray:
         """The expected acceptance of each arm: [n, features] -> [n, arms], in (0, 1)."""
         return sigmoid(self.logits(features))
