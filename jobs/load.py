@@ -15,6 +15,7 @@ import httpx
 import numpy as np
 
 from jobs.requests import Answer, Question
+from specdecode.evaluation.endpoint import BadAnswerError, events
 
 Outcome = Literal["right", "wrong", "failed", "refused", "cut", "left"]
 
@@ -49,10 +50,6 @@ class Attempt:
     num_events: int = 0
     num_drafted: int = 0
     k: int | None = None
-
-
-class BadAnswerError(Exception):
-    """An answer that is none: an error, or one that ends before its end."""
 
 
 @dataclass
@@ -94,23 +91,6 @@ class Heard:
         """All that was said."""
         rows = zip(self.texts, self.finish_reasons, self.logprobs, self.rounds, strict=True)
         return [Answer(text, reason, logprobs, rounds) for text, reason, logprobs, rounds in rows]
-
-
-async def events(lines: AsyncIterator[str]) -> AsyncIterator[dict[str, Any]]:
-    """The events of a stream.
-
-    Raises:
-        BadAnswerError: one of them is an error, or the stream ends without saying so.
-    """
-    async for line in lines:
-        if line == "data: [DONE]":
-            return
-        if line.startswith("data: {"):
-            event = json.loads(line.removeprefix("data: "))
-            if "error" in event:
-                raise BadAnswerError(f"an error in the stream: {event['error']}")
-            yield event
-    raise BadAnswerError("the stream ended before its end")
 
 
 class SlowConnection:

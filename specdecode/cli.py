@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence as Arguments
 from importlib.metadata import version
 
-from specdecode.commands import benchmark, completion, config, generate, measure, models, profile, serve
+from specdecode.commands import benchmark, completion, config, generate, load, measure, models, profile, serve
 from specdecode.errors import UserError
 
 _COMMANDS = (
@@ -19,6 +19,7 @@ _COMMANDS = (
     benchmark.add_report,
     benchmark.add_compare,
     profile.add_profile,
+    load.add_load,
     measure.add_overhead,
     measure.add_exchange,
     measure.add_remote,

@@ -12,6 +12,7 @@ from jobs.soak import SoakConfig
 from jobs.training_speed import TrainingSpeedConfig
 from serve.config import ServeConfig
 from specdecode.config import check_config, load_config
+from specdecode.evaluation.load_plan import LoadConfig
 from specdecode.evaluation.suite import BenchmarkConfig
 from specdecode.routing.report import RouterReportConfig
 from specdecode.routing.trainer import RouterTrainingConfig
@@ -28,6 +29,7 @@ MODELS: dict[str, type[BaseModel]] = {
     "distill_chat.yaml": DraftTrainingConfig,
     "distill_code.yaml": DraftTrainingConfig,
     "distill_reasoning.yaml": DraftTrainingConfig,
+    "load.yaml": LoadConfig,
     "router_collect.yaml": CollectionConfig,
     "router_train.yaml": RouterTrainingConfig,
     "tiny/benchmark.yaml": BenchmarkConfig,
@@ -38,6 +40,7 @@ MODELS: dict[str, type[BaseModel]] = {
     "tiny/distill_generic.yaml": DraftTrainingConfig,
     "tiny/distill_reasoning.yaml": DraftTrainingConfig,
     "tiny/drills.yaml": DrillsConfig,
+    "tiny/load.yaml": LoadConfig,
     "tiny/pretrain_target.yaml": TargetTrainingConfig,
     "tiny/release.yaml": ReleaseConfig,
     "tiny/router_collect.yaml": CollectionConfig,

@@ -20,7 +20,7 @@ from jobs.bench import Incident
 from jobs.drills import DrillsConfig, describe, summarise
 from jobs.faults import FAULTS
 from jobs.interference import TROUBLES, Proxy, Trouble
-from jobs.load import Attempt, BadAnswerError, Load, Outcome, events
+from jobs.load import Attempt, Load, Outcome
 from jobs.observation import Leaks, View
 from jobs.requests import Answer, Form, Question
 from jobs.soak import Course, Sample, SoakConfig, is_good, measure_growth
@@ -176,20 +176,6 @@ def test_a_seeded_answer_is_compared_until_a_round_had_another_draft() -> None:
     assert asked.difference([Answer("axxyz", "length", rounds=[(2, "ax"), (0, "axx"), (2, "axxyz")])])
     assert asked.difference([Answer("abcdxx", "length", rounds=[(2, "ab"), (2, "abcd"), (2, "abcdxx")])])
     assert asked.difference([Answer("abcd", "stop", rounds=[(2, "ab"), (2, "abcd")])])
-
-
-def test_a_stream_without_an_end_or_with_an_error_is_no_answer() -> None:
-    async def read(*lines: str) -> list[Any]:
-        async def source() -> Any:
-            for line in lines:
-                yield line
-
-        return [event async for event in events(source())]
-
-    assert asyncio.run(read('data: {"a": 1}', "", "data: [DONE]")) == [{"a": 1}]
-    for lines in (['data: {"a": 1}'], ['data: {"error": {}}', "data: [DONE]"]):
-        with pytest.raises(BadAnswerError):
-            asyncio.run(read(*lines))
 
 
 def http(status: str, body: str, *headers: str, length: int | None = None) -> bytes:

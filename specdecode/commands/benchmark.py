@@ -5,6 +5,7 @@ import sys
 from dataclasses import astuple
 from typing import TYPE_CHECKING
 
+from specdecode.commands.load import print_load
 from specdecode.commands.options import Commands, add_command, add_config, add_json
 from specdecode.commands.tables import figure, interval, make_table, print_json, print_tables
 from specdecode.config import load_config
@@ -34,10 +35,10 @@ def add_report(commands: Commands) -> None:
         commands,
         "report",
         _report,
-        "summarise the results of a benchmark again, from its records alone",
+        "summarise the results of a benchmark or a load again, from its records alone",
         "specdecode report results/tiny",
     )
-    report.add_argument("folder", help="the output_dir of a benchmark")
+    report.add_argument("folder", help="the output_dir of a benchmark or a load")
     add_json(report)
 
 
@@ -70,7 +71,10 @@ def _benchmark(parsed: argparse.Namespace) -> None:
 
 
 def _report(parsed: argparse.Namespace) -> None:
-    _print_summary(parsed.folder, parsed.json)
+    from specdecode.evaluation.load import is_load
+
+    show = print_load if is_load(parsed.folder) else _print_summary
+    show(parsed.folder, parsed.json)
 
 
 def _print_summary(folder: str, as_json: bool) -> None:

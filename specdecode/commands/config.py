@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _MODELS = {
     "benchmark": "specdecode.evaluation.suite:BenchmarkConfig",
     "profile": "specdecode.evaluation.profile:ProfileConfig",
+    "load": "specdecode.evaluation.load_plan:LoadConfig",
     "generate": "specdecode.commands.generate:GenerateConfig",
     "overhead": "specdecode.evaluation.overhead:OverheadConfig",
     "exchange": "serve.ladder:LadderConfig",
