@@ -1,7 +1,8 @@
-"""Figures of a load are sums divided once and percentiles by nearest rank; intervals are of turns; failures are in none of them."""
+"""Figures of a load are sums divided once, and percentiles by nearest rank; intervals are of turns; a failure is in none."""
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 
 from specdecode.evaluation.analysis import Figure
@@ -69,16 +70,15 @@ def test_a_failure_is_counted_and_part_of_no_figure() -> None:
         (Bounds(ttft_ms=500), 2),  # a bound may be reached
         (Bounds(tpot_ms=50), 2),
         (Bounds(ttft_ms=500, tpot_ms=50), 1),
-        (Bounds(latency_ms=700), 1),
-        (Bounds(latency_ms=100), 0),
+        (Bounds(latency_ms=750), 1),
+        (Bounds(latency_ms=700), 0),
     ],
 )
 def test_goodput_is_of_answers_that_keep_to_all_bounds(bounds: Bounds, num_good: int) -> None:
     quick, slow_to_begin, slow = answer(0, 0.75), answer(0, 2.0, first_s=1.5), answer(1, 2.0)
-    row = only_row([quick, slow_to_begin, slow], Bounds(ttft_ms=500) if bounds is None else bounds)
+    row = only_row([quick, slow_to_begin, slow], bounds)
     assert row.goodput is not None
-    expected = {Bounds(latency_ms=700): 0}.get(bounds, num_good)
-    assert row.goodput.value == expected / 4
+    assert row.goodput.value == num_good / 4  # in twice 2 s
 
 
 def test_an_answer_of_one_token_has_no_time_between_tokens() -> None:
@@ -110,17 +110,16 @@ def test_loads_stand_in_the_order_in_which_they_were_tried() -> None:
 
 def test_an_interval_holds_what_it_is_of(random_turns: Callable[[int], list[LoadRecord]]) -> None:
     held = 0
-    for seed in range(100):
+    for seed in range(40):
         latency = only_row(random_turns(seed)).latency_ms
         assert latency is not None
         held += latency.p50.low <= 1000 <= latency.p50.high
-    assert held >= 80  # of 8 turns; 95 of many
+    assert held >= 32  # 38 of many more turns
 
 
 @pytest.fixture
 def random_turns() -> Callable[[int], list[LoadRecord]]:
     """Latencies with a median of 1 s, in turns that are each a little slower or faster."""
-    import numpy as np
 
     def draw(seed: int) -> list[LoadRecord]:
         rng = np.random.default_rng(seed)
