@@ -121,10 +121,10 @@ def check_file(file: str, kind: str, overrides: list[str]) -> dict[str, Any]:
 
 
 def models_of(kind: str, values: dict[str, Any]) -> Iterator[tuple[str, "ModelConfig"]]:
-    """The models that a checked file opens for decoding, by where it says so; those of a training are other than that."""
+    """The models that a checked file opens for decoding, by where it says so; those of a training or an endpoint are not."""
     from specdecode.backends.backend import ModelConfig
 
-    if kind in ("train_draft", "train_target", "improve"):
+    if kind in ("train_draft", "train_target", "improve", "load"):
         return
     target = values.get("target")
     like: dict[str, Any] = target if isinstance(target, dict) else {}
