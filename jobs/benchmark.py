@@ -14,7 +14,7 @@ from typing import Any
 import ray
 
 from jobs.command import run_job
-from specdecode.evaluation.benchmark import run_benchmark, write_summary
+from specdecode.evaluation.benchmark import REPORT, conclude, run_benchmark
 from specdecode.evaluation.runner import Runner
 from specdecode.evaluation.suite import BenchmarkConfig
 
@@ -28,9 +28,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(config: BenchmarkConfig) -> str:
     records = run_benchmark(config, _measure, lambda done, count: logger.info("%d of %d parts are there", done, count))
-    write_summary(config.output_dir)
+    conclude(config.output_dir, config.report, config.logging)
     num_errors = sum(record.error is not None for record in records)
-    return f"{len(records)} records, {num_errors} of them failures, are in {config.output_dir}: specdecode report shows them"
+    report = f"; the report is {config.output_dir}/{REPORT}" if config.report else ""
+    return f"{len(records)} records, {num_errors} of them failures, are in {config.output_dir}{report}"
 
 
 def _measure(config: BenchmarkConfig, folder: Path, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -328,16 +328,21 @@ def test_a_benchmark_is_run_reported_on_and_compared(capsys: pytest.CaptureFixtu
     folder = tmp_path / "results"
     assert main(["benchmark", *files, *small, *some, "--set", f"output_dir={folder}"]) == 0
     told = capsys.readouterr().out
-    rows = [line.split() for line in told.splitlines()[1:-1]]
+    rows = [line.split() for line in told.splitlines()[1:-2]]
     drafts = ["none", "generic", "code", "chat", "reasoning"]
     assert [row[1] for row in rows] == [draft for draft in drafts for _ in range(3)]  # each domain, and all
     assert {row[-1] for row in rows} == {"0"}  # no answer differs from the plain one
-    written = (folder / "summary.json").read_bytes()
-    (folder / "summary.json").unlink()
+    assert told.splitlines()[-1] == f"the report is {folder / 'report.html'}"
+    written, page = ((folder / name).read_bytes() for name in ("summary.json", "report.html"))
+    for name in ("summary.json", "report.html"):
+        (folder / name).unlink()
     assert main(["report", str(folder)]) == 0
     assert capsys.readouterr().out == told
     assert (folder / "summary.json").read_bytes() == written  # byte for byte, from the records alone
-    assert main(["report", str(folder), "--json"]) == 0
+    assert (folder / "report.html").read_bytes() == page
+    (folder / "report.html").unlink()
+    assert main(["report", str(folder), "--json", "--no-report"]) == 0
+    assert not (folder / "report.html").exists()
     assert capsys.readouterr().out.encode() == written
     assert main(["compare", str(folder), str(folder), "--json"]) == 0
     changes = json.loads(capsys.readouterr().out)

@@ -12,6 +12,7 @@ from specdecode.config import load_config
 from specdecode.errors import ConfigError
 
 if TYPE_CHECKING:
+    from specdecode.evaluation.analysis import Summary
     from specdecode.evaluation.suite import Cell
 
 _CELL = ("experiment", "draft", "K", "T", "verifier", "batch", "domain")
@@ -27,6 +28,9 @@ def add_benchmark(commands: Commands) -> None:
     )
     add_config(benchmark, "K=3 or num_repeats=2", file="configs/tiny/benchmark.yaml")
     benchmark.add_argument("--experiments", metavar="NAME,...", help="such as baseline,generic_draft, instead of the file's")
+    benchmark.add_argument(
+        "--no-report", action="store_true", help="no charts and no report.html, for which matplotlib is needed"
+    )
     add_json(benchmark)
 
 
@@ -35,10 +39,11 @@ def add_report(commands: Commands) -> None:
         commands,
         "report",
         _report,
-        "summarise the results of a benchmark or a load again, from its records alone",
+        "make the tables, and a benchmark's charts and report.html, again from the records alone",
         "specdecode report results/tiny",
     )
     report.add_argument("folder", help="the output_dir of a benchmark or a load")
+    report.add_argument("--no-report", action="store_true", help="only the tables: no charts and no report.html")
     add_json(report)
 
 
@@ -59,28 +64,33 @@ def _benchmark(parsed: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    from specdecode.evaluation.benchmark import run_benchmark
+    from specdecode.evaluation.benchmark import conclude, run_benchmark
     from specdecode.evaluation.suite import BenchmarkConfig
 
     chosen = [f"experiments=[{parsed.experiments}]"] if parsed.experiments else []
-    config = load_config(parsed.config, BenchmarkConfig, [*parsed.set, *chosen])
+    silent = ["report=false"] if parsed.no_report else []
+    config = load_config(parsed.config, BenchmarkConfig, [*parsed.set, *chosen, *silent])
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("parts", total=None)
         run_benchmark(config, tell=lambda done, count: progress.update(task, completed=done, total=count))
-    _print_summary(config.output_dir, parsed.json)
+    _print_summary(config.output_dir, conclude(config.output_dir, config.report, config.logging), parsed.json, config.report)
 
 
 def _report(parsed: argparse.Namespace) -> None:
+    from specdecode.evaluation.benchmark import conclude
     from specdecode.evaluation.load import is_load
 
-    show = print_load if is_load(parsed.folder) else _print_summary
-    show(parsed.folder, parsed.json)
+    if is_load(parsed.folder):
+        print_load(parsed.folder, parsed.json)
+        return
+    has_report = not parsed.no_report
+    _print_summary(parsed.folder, conclude(parsed.folder, has_report), parsed.json, has_report)
 
 
-def _print_summary(folder: str, as_json: bool) -> None:
-    from specdecode.evaluation.benchmark import write_summary
+def _print_summary(folder: str, summary: "Summary", as_json: bool, has_report: bool) -> None:
+    from specdecode.evaluation.benchmark import REPORT
+    from specdecode.evaluation.names import setting_of
 
-    summary = write_summary(folder)
     if as_json:
         print_json(summary)
         return
@@ -104,7 +114,11 @@ def _print_summary(folder: str, as_json: bool) -> None:
         found = summary.routing
         print(f"the router's regret to the fastest draft of each question: {interval(found.regret, '.1%')}")
         print(f"it is {interval(found.to_best_single)} as fast as {found.best_single}, the best single one")
+    for curve in summary.lengths:
+        print(f"of drafts of any length, K={curve.cell.K} is predicted to be fastest ({setting_of(curve.cell)})")
     print(f"records and summary.json are in {folder}")
+    if has_report:
+        print(f"the report is {folder}/{REPORT}")
 
 
 def _compare(parsed: argparse.Namespace) -> None:

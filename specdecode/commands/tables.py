@@ -42,7 +42,7 @@ def figure(value: "Figure | None", form: str) -> str:
 
 
 def interval(value: "Figure | None", form: str = ".2f") -> str:
-    return "" if value is None else f"{value.value:{form}} [{value.low:{form}}, {value.high:{form}}]"
+    return "" if value is None else value.told(form)
 
 
 def _plain(found: Any) -> Any:

@@ -8,17 +8,19 @@ no other figure.
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Several
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import cast
 
 import numpy as np
 
 from specdecode.decoding.sequence import VerifierName
+from specdecode.evaluation.names import in_order
 from specdecode.evaluation.records import Record
 from specdecode.evaluation.suite import BASELINE, NONE, Cell, ExperimentName
 
 ALL = "all"  # the domains together
 _NUM_RESAMPLES = 2000
+_MOST_DRAFTED = 16  # to which lengths a speed is predicted
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,10 @@ class Figure:
     value: float
     low: float
     high: float
+
+    def told(self, form: str = ".2f") -> str:
+        """As people write it, each number in a form such as `.2f`."""
+        return f"{self.value:{form}} [{self.low:{form}}, {self.high:{form}}]"
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,7 @@ class Row:
             the tokens of one round to the next ones.
         draft_share, verify_share: of the time, what went into drafting, and into scoring and accepting.
         num_different: greedy answers that are not the baseline's; None where answers are sampled.
+        num_compared: how many there are that the baseline has too.
         right: the share of answers that are right, of those that can be told.
         perplexity: the geometric mean.
     """
@@ -64,6 +71,7 @@ class Row:
     draft_share: float = 0.0
     verify_share: float = 0.0
     num_different: int | None = None
+    num_compared: int | None = None
     right: Figure | None = None
     perplexity: float | None = None
 
@@ -74,15 +82,22 @@ def cell_of(record: Record) -> Cell:
     return Cell(experiment, record.draft, record.K, record.temperature, verifier, record.batch)
 
 
+def whole(rows: Iterable[Row]) -> list[Row]:
+    """The rows of all domains together, or of the only one."""
+    found = list(rows)
+    return [row for row in found if row.domain == ALL] or found
+
+
 def summarise(records: Iterable[Record]) -> list[Row]:
-    """A row for each cell and domain, and for all domains together, in the records' order."""
+    """A row for each cell and domain, and for all domains together."""
     by_cell: dict[Cell, list[Record]] = defaultdict(list)
     for record in records:
         by_cell[cell_of(record)].append(record)
     domains = list(dict.fromkeys(record.domain for found in by_cell.values() for record in found))
     rows = []
-    for cell, found in by_cell.items():
-        plain = [r for other, those in by_cell.items() if _is_baseline_of(other, cell) for r in those]
+    for cell in in_order(by_cell):
+        found = by_cell[cell]
+        plain = [r for other, those in by_cell.items() if is_baseline_of(other, cell) for r in those]
         for domain in [*domains, ALL] if len(domains) > 1 else domains:
             mine, theirs = ([record for record in those if domain in (ALL, record.domain)] for those in (found, plain))
             if mine:
@@ -90,7 +105,7 @@ def summarise(records: Iterable[Record]) -> list[Row]:
     return rows
 
 
-def _is_baseline_of(other: Cell, cell: Cell) -> bool:
+def is_baseline_of(other: Cell, cell: Cell) -> bool:
     """The plain answers at the same temperature and batch size; of a peer's too."""
     return other.experiment == BASELINE and (other.temperature, other.batch) == (cell.temperature, cell.batch)
 
@@ -101,6 +116,7 @@ def _row(cell: Cell, domain: str, mine: list[Record], plain: list[Record]) -> Ro
     if not good:
         return Row(cell, domain, num_answers, num_errors)
     total_s = sum(record.latency_s for record in good)
+    different = _num_different(good, plain) if cell.temperature == 0 and plain else None
     perplexities = [record.perplexity for record in good if record.perplexity is not None]
     return Row(
         cell,
@@ -116,7 +132,8 @@ def _row(cell: Cell, domain: str, mine: list[Record], plain: list[Record]) -> Ro
         gap_ms=_spread([gap for record in good for gap in record.gaps_s]),
         draft_share=sum(record.draft_time_s for record in good) / total_s,
         verify_share=sum(record.verify_time_s for record in good) / total_s,
-        num_different=_num_different(good, plain) if cell.temperature == 0 and plain else None,
+        num_different=different,
+        num_compared=None if different is None else _num_shared(good, plain),
         right=_ratio([r for r in good if r.is_right is not None], lambda r: bool(r.is_right), lambda _: 1),
         perplexity=float(np.exp(np.log(perplexities).mean())) if perplexities else None,
     )
@@ -191,6 +208,11 @@ def _num_different(records: list[Record], plain: list[Record]) -> int:
     return sum(record.tokens != theirs[record.question] for record in records if record.question in theirs)
 
 
+def _num_shared(records: list[Record], plain: list[Record]) -> int:
+    theirs = {record.question for record in plain if record.error is None}
+    return sum(record.question in theirs for record in records)
+
+
 def _spread(seconds: list[float]) -> tuple[float, float] | None:
     if not seconds:
         return None
@@ -207,7 +229,64 @@ def acceptance_by_position(records: Iterable[Record]) -> dict[Cell, list[float]]
             for table, counts in ((drafted, record.num_drafted_at), (accepted, record.num_accepted_at)):
                 room = table.setdefault(cell_of(record), np.zeros(record.K))
                 room[: len(counts)] += counts
-    return {cell: (accepted[cell] / np.maximum(drafted[cell], 1)).tolist() for cell in drafted}
+    return {cell: (accepted[cell] / np.maximum(drafted[cell], 1)).tolist() for cell in in_order(drafted)}
+
+
+@dataclass(frozen=True)
+class LengthCurve:
+    """What drafts of different lengths reached in one setting, and what a model of a round expects of them.
+
+    Attributes:
+        cell: the setting, and the K of which most is expected.
+        measured: tokens per second by K.
+        acceptance: the chance that a drafted token is accepted where all before it were.
+        draft_ms, verify_ms: to draft a token; and all else that a round takes, mostly the target's pass.
+        predicted: tokens per second by K; see `expected_tokens`.
+    """
+
+    cell: Cell
+    measured: dict[int, Figure]
+    acceptance: float
+    draft_ms: float
+    verify_ms: float
+    predicted: dict[int, float]
+
+
+def expected_tokens(acceptance: float, k: int) -> float:
+    """Tokens of a round that drafts `k`, each accepted with the same chance: (1 - a^(k + 1)) / (1 - a).
+
+    Leviathan et al. 2023, Fast Inference from Transformers via Speculative Decoding, arXiv 2211.17192, equation 1.
+    """
+    return k + 1.0 if acceptance >= 1 else (1 - acceptance ** (k + 1)) / (1 - acceptance)
+
+
+def length_curves(records: Iterable[Record], experiment: str = "ablation_K") -> list[LengthCurve]:
+    """A curve for each setting in which K was varied, all domains together."""
+    settings: dict[Cell, dict[int, list[Record]]] = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        if record.experiment == experiment and record.error is None and record.num_drafted:
+            settings[replace(cell_of(record), K=0)][record.K].append(record)
+    return [_length_curve(cell, settings[cell]) for cell in in_order(settings)]
+
+
+def _length_curve(cell: Cell, by_k: dict[int, list[Record]]) -> LengthCurve:
+    """As many are decoded at once as on average: the answers of a batch do not end together."""
+    found = [record for those in by_k.values() for record in those]
+    acceptance = sum(record.num_accepted for record in found) / sum(map(_num_verdicts, found))
+    draft_s = sum(record.draft_time_s for record in found) / sum(record.num_drafted for record in found)
+    rest_s = sum(r.latency_s - r.draft_time_s for r in found) / sum(len(r.round_tokens) for r in found)
+    at_once = sum(record.latency_s for record in found) / sum(map(_seconds, found))
+    speed_of = {k: at_once * expected_tokens(acceptance, k) / (k * draft_s + rest_s) for k in range(1, _MOST_DRAFTED + 1)}
+    speeds = {k: _ratio(those, _num_tokens, _seconds) for k, those in sorted(by_k.items())}
+    measured = {k: speed for k, speed in speeds.items() if speed is not None}
+    best = replace(cell, K=max(speed_of, key=speed_of.__getitem__))
+    return LengthCurve(best, measured, acceptance, 1000 * draft_s, 1000 * rest_s, speed_of)
+
+
+def _num_verdicts(record: Record) -> int:
+    """Drafted tokens that were accepted or the first not to be; what was drafted behind one of those was not looked at."""
+    reached = [record.num_drafts, *record.num_accepted_at, *[0] * len(record.num_drafted_at)]
+    return sum(min(drafted, before) for drafted, before in zip(record.num_drafted_at, reached, strict=False))
 
 
 @dataclass(frozen=True)
@@ -267,17 +346,19 @@ class Summary:
         rows: see `Row`.
         positions: see `acceptance_by_position`, with the cells' parts joined by spaces.
         routing: what a router chose, if one was tried.
+        lengths: see `LengthCurve`.
     """
 
     rows: list[Row]
     positions: dict[str, list[float]]
     routing: Routing | None
+    lengths: list[LengthCurve]
 
 
 def summary(records: Several[Record]) -> Summary:
     """Everything, of the same records always the same."""
     positions = {" ".join(map(str, astuple(cell))): shares for cell, shares in acceptance_by_position(records).items()}
-    return Summary(summarise(records), positions, routing(records))
+    return Summary(summarise(records), positions, routing(records), length_curves(records))
 
 
 @dataclass(frozen=True)

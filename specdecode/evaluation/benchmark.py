@@ -2,13 +2,16 @@
 
 - `OUTPUT_DIR/records/part-00000.parquet` ...: see `records.Record`.
 - `OUTPUT_DIR/run.json`: how it came about, configuration, versions, machine.
-- `OUTPUT_DIR/summary.json`: what `write_summary` makes of the records, and of nothing else.
+- `OUTPUT_DIR/summary.json`: what `conclude` makes of the records, and of nothing else.
+- `OUTPUT_DIR/report.html` and `OUTPUT_DIR/charts`: the same for people; see `report.write_report`.
 """
 
+import importlib.util
 import json
 import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +22,11 @@ from specdecode.evaluation.machine import machine, versions
 from specdecode.evaluation.records import Record, read_records
 from specdecode.evaluation.suite import BenchmarkConfig, as_rows, load_items
 from specdecode.parts import Parts, part_path
+from specdecode.training.reporting import WandbConfig
 
-RUN, RECORDS, SUMMARY = "run.json", "records", "summary.json"
+RUN, RECORDS, SUMMARY, REPORT = "run.json", "records", "summary.json", "report.html"
 # What may be another the next time that a benchmark goes on: it does not change what is measured.
-_MAY_CHANGE = {"num_actors", "num_cpus", "num_gpus", "output_dir"}
+_MAY_CHANGE = {"num_actors", "num_cpus", "num_gpus", "output_dir", "report", "logging"}
 
 Measure = Callable[[BenchmarkConfig, Path, list[dict[str, Any]]], Iterable[dict[str, Any]]]
 """Configuration, folder and parts in; what each part came to out, as it is done."""
@@ -47,9 +51,13 @@ def run_benchmark(
         tell: hears how many parts are there, and of how many.
 
     Raises:
-        ConfigError: a data set is not there, or the folder holds the records of another configuration.
+        ConfigError: a data set is not there, the folder holds the records of another configuration, or something is not
+            installed that `conclude` will need.
         ModelError: a model does not load.
     """
+    config.logging.check()
+    if config.report:
+        check_can_draw()
     output = Path(config.output_dir)
     items = load_items(config)
     rows = as_rows(items, config.part)
@@ -88,15 +96,38 @@ def read_run(folder: str | Path) -> tuple[BenchmarkConfig, dict[str, Any], list[
     return config, run, read_records([part_path(Path(folder) / RECORDS, number) for number in range(count)])
 
 
-def write_summary(folder: str | Path) -> Summary:
-    """Writes summary.json of a finished run's records, and of nothing else.
+def check_can_draw() -> None:
+    """Raises a `ConfigError` if a report is asked for and matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError(
+            "report: expected matplotlib to be installed (pip install 'specdecode[bench]'), or report: false (--no-report)"
+        )
+
+
+def conclude(folder: str | Path, report: bool = True, log: WandbConfig | None = None) -> Summary:
+    """Writes summary.json, and the report if it is asked for, of a finished run's records, and of nothing else.
+
+    Args:
+        folder: the run's output_dir.
+        report: whether charts are drawn and report.html is written.
+        log: whether, and where to, the results are logged.
 
     Raises:
-        ConfigError: the folder holds none, or one that is not finished.
+        ConfigError: the folder holds none, or one that is not finished; or matplotlib is not installed.
     """
-    _, _, records = read_run(folder)
+    _, run, records = read_run(folder)
     found = summary(records)
     (Path(folder) / SUMMARY).write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")
+    pictures: list[Path] = []
+    if report:
+        check_can_draw()
+        from specdecode.evaluation.report import write_report  # matplotlib is an extra
+
+        pictures = write_report(folder, run, records, found)
+    if log is not None and log.use_wandb:
+        from specdecode.evaluation.tracking import track
+
+        track(log, run, found, pictures)
     return found
 
 
@@ -106,6 +137,7 @@ def provenance(config: BenchmarkConfig, num_questions: int) -> dict[str, Any]:
         "config": config.model_dump(mode="json"),
         "num_parts": -(-num_questions // config.part),
         "num_questions": num_questions,
+        "started": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "revision": _revision(),
         "versions": versions(),
         "machine": machine(),

@@ -20,6 +20,7 @@ from specdecode.evaluation.datasets import Dataset, DatasetConfig, Item
 from specdecode.evaluation.peers import PEERS
 from specdecode.evaluation.sandbox import SandboxConfig
 from specdecode.routing.router import RoutingConfig
+from specdecode.training.reporting import WandbConfig
 
 ExperimentName = Literal[
     "baseline",
@@ -68,6 +69,8 @@ class BenchmarkConfig(StrictModel):
     seed: int = 0
     num_threads: int | None = Field(default=None, gt=0, description="CPU threads of each process; torch's choice if unset")
     output_dir: str = Field(description="records, report and charts")
+    report: bool = Field(default=True, description="whether charts are drawn and report.html is written; needs matplotlib")
+    logging: WandbConfig = Field(default_factory=WandbConfig)
     part: int = Field(default=8, gt=0, description="questions of a part, which is kept whole or not at all")
     num_actors: int = Field(default=1, gt=0, description="processes of jobs.benchmark that each hold all models")
     num_cpus: float = Field(default=1.0, ge=0, description="of each of them")

@@ -6,10 +6,9 @@ from specdecode.config import StrictModel
 from specdecode.errors import ConfigError
 
 
-class LoggingConfig(StrictModel):
-    """Where the figures of a run go besides the log."""
+class WandbConfig(StrictModel):
+    """Whether the figures of a run go to Weights & Biases."""
 
-    use_tensorboard: bool = False
     use_wandb: bool = False
     project: str = "specdecode"
     run_name: str | None = None
@@ -20,3 +19,9 @@ class LoggingConfig(StrictModel):
             raise ConfigError(
                 "logging.use_wandb: expected wandb to be installed (pip install 'specdecode[wandb]'), got true without it"
             )
+
+
+class LoggingConfig(WandbConfig):
+    """Where the figures of a training go besides the log."""
+
+    use_tensorboard: bool = False

@@ -10,6 +10,8 @@ from specdecode.evaluation.analysis import (
     ALL,
     acceptance_by_position,
     compare_runs,
+    expected_tokens,
+    length_curves,
     routing,
     speed_up,
     summarise,
@@ -52,7 +54,7 @@ def test_figures_are_sums_divided_once() -> None:
     assert row.latency_ms is not None
     assert row.latency_ms[0] == pytest.approx(1250)
     assert (row.draft_share, row.verify_share) == (0.25, 0.5)
-    assert row.num_different == 0
+    assert (row.num_different, row.num_compared) == (0, 4)
 
 
 def test_domains_stand_beside_all_of_them() -> None:
@@ -121,6 +123,32 @@ def test_acceptance_by_position() -> None:
     assert acceptance_by_position([record("baseline", 0, 1.0), drafted(0, 1.0, 3), drafted(1, 1.0, 0)]) == {
         Cell("generic_draft", "generic", 3, 0.0, "rejection", 1): [0.5, 0.25, 0.0]
     }
+
+
+def test_expected_tokens_are_those_of_every_way_that_a_round_can_end() -> None:
+    for k in range(8):
+        ends = [(0.7**n * 0.3, n + 1) for n in range(k)] + [(0.7**k, k + 1)]  # rejected at n, or not at all
+        assert expected_tokens(0.7, k) == pytest.approx(sum(chance * tokens for chance, tokens in ends))
+    assert expected_tokens(1.0, 5) == 6
+    assert expected_tokens(0.0, 5) == 1
+
+
+def test_a_length_is_predicted_from_acceptance_and_times() -> None:
+    """Half of the tokens are accepted, a token takes 1 s to draft and a round 10 s besides: K = 4 gives most for the time."""
+    records = []
+    for k in (1, 3):
+        reached = [512 // 2**place for place in range(k + 1)]  # rounds that accepted so many
+        told = {"num_drafted_at": [512] * k, "num_accepted_at": reached[1:], "num_drafts": 512, "num_drafted": 512 * k}
+        told |= {"num_accepted": sum(reached[1:]), "round_tokens": [1] * 512, "tokens": [1] * sum(reached)}
+        seconds = 512.0 * (k + 10)
+        records.append(drafted(0, seconds, 0, "ablation_K", draft="own", K=k, draft_time_s=512.0 * k, **told))
+    [curve] = length_curves([record("baseline", 0, 1.0), *records])
+    assert curve.acceptance == 0.5
+    assert (curve.draft_ms, curve.verify_ms) == (1000, 10000)
+    assert {k: figure.value for k, figure in curve.measured.items()} == {k: pytest.approx(curve.predicted[k]) for k in (1, 3)}
+    speeds = {k: (2 - 0.5**k) / (k + 10) for k in range(1, 9)}
+    assert curve.cell == Cell("ablation_K", "own", max(speeds, key=speeds.__getitem__), 0.0, "rejection", 1)
+    assert length_curves([record("baseline", 0, 1.0), drafted(0, 1.0)]) == []
 
 
 def test_a_router_is_compared_with_the_fastest_of_each_question() -> None:
