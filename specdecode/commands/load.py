@@ -62,7 +62,7 @@ def print_load(folder: str, as_json: bool) -> None:
     for row in summary.rows:
         for error, count in row.errors.items():
             print(f"{row.arm} at {row.kind} {row.load:g}: {count} failed: {error}")
-    print(f"records and summary.json are in {folder}")
+    print(f"records, summary.json and, with the extra bench, the chart load.png are in {folder}")
 
 
 def _print_rows(kind: str, title: str, rows: "list[LoadRow]") -> None:

@@ -10,6 +10,7 @@ so that a drift of the machine meets all alike.
 - `OUTPUT_DIR/records/part-00000.parquet` ...: see `load_analysis.LoadRecord`; a part is one load in one turn.
 - `OUTPUT_DIR/load.json`: how it came about.
 - `OUTPUT_DIR/summary.json`: what `write_load_summary` makes of the records, and of nothing else.
+- `OUTPUT_DIR/load.png`: a chart of that, where matplotlib is installed.
 """
 
 import asyncio
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
@@ -31,7 +33,7 @@ from specdecode.evaluation.machine import machine, versions
 from specdecode.parts import part_path
 from specdecode.rows import read_rows, write_rows
 
-LOAD, RECORDS, SUMMARY = "load.json", "records", "summary.json"
+LOAD, RECORDS, SUMMARY, CHART = "load.json", "records", "summary.json", "load.png"
 Tell = Callable[[int, int], None]
 """Hears how many parts are there, and of how many."""
 
@@ -72,10 +74,14 @@ def read_load(folder: str | Path) -> tuple[LoadConfig, list[LoadRecord]]:
 
 
 def write_load_summary(folder: str | Path) -> LoadSummary:
-    """Writes summary.json of a finished load's records; raises as `read_load` does."""
+    """Writes summary.json and the chart of a finished load's records; raises as `read_load` does."""
     config, records = read_load(folder)
     found = summarise_load(records, config.goodput)
     (Path(folder) / SUMMARY).write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")
+    if find_spec("matplotlib") is not None:
+        from specdecode.evaluation.load_chart import draw_load  # matplotlib is an extra
+
+        draw_load(found, Path(folder) / CHART)
     return found
 
 

@@ -254,6 +254,11 @@ def test_load_and_report_print_the_same_summary(tmp_path: Path, capsys: pytest.C
     assert all(row["goodput"] == row["requests_per_second"] for row in summary["rows"])
     assert main(["report", str(folder)]) == 0
     lines = capsys.readouterr().out.splitlines()
+    chart = (folder / "load.png").read_bytes()
+    assert chart.startswith(b"\x89PNG")
+    assert main(["report", str(folder), "--json"]) == 0
+    assert (folder / "load.png").read_bytes() == chart
+    capsys.readouterr()
     assert sum("closed loop" in line or "open loop" in line for line in lines) == 2
     assert main(["report", str(folder), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == summary
