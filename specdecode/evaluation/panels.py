@@ -183,7 +183,9 @@ def css_width(drawing: Drawing) -> int:
     return round(96 * drawing.get_figwidth())
 
 
-def error_bars(axes: Axes, figures: dict[int, Figure], colour: str, marker: str, label: str, linestyle: str) -> None:
+def error_bars(
+    axes: Axes, figures: dict[int, Figure] | dict[float, Figure], colour: str, marker: str, label: str, linestyle: str
+) -> None:
     """A line or points with intervals."""
     values = [figure.value for figure in figures.values()]
     off = [[one.value - one.low for one in figures.values()], [one.high - one.value for one in figures.values()]]
