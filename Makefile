@@ -15,7 +15,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(STAMP)
-	$(BIN)/specdecode demo --config configs/tiny/serve.yaml $(if $(ONCE),--once)
+	$(BIN)/specdecode demo $(if $(ONCE),--once)
 
 serve: $(STAMP)
 	$(BIN)/specdecode serve --config configs/tiny/serve.yaml

@@ -3,6 +3,7 @@
 `serve run`, `serve deploy` and `specdecode serve` all take the same file, whose `import_path` is `serve.app:build`.
 """
 
+import importlib.util
 import inspect
 from typing import Any
 
@@ -36,7 +37,8 @@ def build(config: ServeConfig) -> Application:
     """Wires a router to a target, and the target to its drafts, each a deployment of its own.
 
     Raises:
-        ConfigError: a deployment has an option that this version of Ray does not know, or options that do not go together.
+        ConfigError: a deployment has an option that this version of Ray does not know, or options that do not go together; or
+            a page is to be served, and Gradio is not installed.
         ModelError: a model has no tokenizer, the tokenizers of a draft and the target have too little in common, or the learned
             router is one for other drafts.
     """
@@ -48,6 +50,7 @@ def wire(
 ) -> Application:
     """The same with some deployments' options changed, by name, as `serve deploy` does itself, or with other draft servers."""
     check_vocabularies(config)
+    check_page(config)
     if config.routing is not None:
         AcceptanceModel.load(config.routing.checkpoint, list(config.drafts))
     drafts = {name: draft for name, draft in config.draft_models.items() if draft.is_deployed}
@@ -137,6 +140,12 @@ def check_vocabularies(config: ServeConfig) -> None:
     target = _tokens(config.target.model)
     for draft in config.draft_models.values():
         translate(_tokens(draft.model), target)
+
+
+def check_page(config: ServeConfig) -> None:
+    """Raises a `ConfigError` if a page is to be served without what it is made with."""
+    if config.router.demo and importlib.util.find_spec("gradio") is None:
+        raise ConfigError("router.demo: the page takes Gradio: pip install 'specdecode[demo]'")
 
 
 def _tokens(model: str) -> ModelTokens:

@@ -339,6 +339,17 @@ class RouterConfig(StrictModel):
     records: RecordsConfig | None = Field(default=None, description="writes down what requests came to; nothing if unset")
     api_keys_env: str | None = Field(default=None, min_length=1, description="an environment variable that holds API keys")
     api_keys_file: str | None = Field(default=None, min_length=1, description="a file that holds API keys, one a line")
+    demo: bool = Field(
+        default=False, description="a page at /demo to try it on; takes the extra demo, and a router of one replica"
+    )
+
+    @model_validator(mode="after")
+    def _check_demo(self) -> "RouterConfig":
+        """What a page asks for must come to the replica that it came from."""
+        deployment = self.deployment
+        if self.demo and (deployment.num_replicas not in (None, 1) or deployment.autoscaling_config is not None):
+            raise ValueError("demo: expected a router of one replica, without autoscaling")
+        return self
 
 
 class RouterSettings(StrictModel):

@@ -1,4 +1,4 @@
-"""The terminal demo: deploys, streams one prompt of each domain over HTTP, and compares with plain decoding."""
+"""The demo: deploys, streams one prompt of each domain to the terminal, compares with plain decoding, and keeps serving."""
 
 import json
 import statistics
@@ -14,6 +14,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from serve.answer import text_of
 from serve.local import Deployment, deployed, load_deployment, wait_for_signal
 from serve.schema import NO_DRAFT
 
@@ -66,6 +67,8 @@ def run_demo(config: str, port: int | None, *, stay: bool) -> None:
         console.print(f"endpoint   {deployment.url}/v1   (model {deployment.config.model_name!r}, any OpenAI client)")
         console.print(f"dashboard  {dashboard}")
         if stay:
+            page = f"{deployment.url}/demo" if deployment.config.router.demo else f"none: router.demo is not set in {config}"
+            console.print(f"page       {page}")
             console.print("Serving until Ctrl-C.", style="dim")
             wait_for_signal()
 
@@ -97,7 +100,7 @@ def compare(console: Console, client: httpx.Client, deployment: Deployment, exam
     answer = ""
     figures: dict[str, Any] = {}
     for chunk in _stream(client, deployment, example, example.draft):
-        text = _text(chunk)
+        text = text_of(chunk)
         answer += text
         figures.update(chunk.get("speculative_decoding", {}))
         accepted = chunk.get("speculative_decoding", {}).get("round", {}).get("accepted_text", "")
@@ -120,7 +123,7 @@ def first_token_s(client: httpx.Client, deployment: Deployment, started: float) 
     for example in examples(deployment):
         for draft in (example.draft, NO_DRAFT):
             for chunk in _stream(client, deployment, example, draft):
-                if _text(chunk) and not first_s:
+                if text_of(chunk) and not first_s:
                     first_s.append(time.perf_counter() - started)
     return first_s[0]
 
@@ -130,7 +133,7 @@ def _time(client: httpx.Client, deployment: Deployment, example: Example, draft:
     started = time.perf_counter()
     chunks = list(_stream(client, deployment, example, draft))
     elapsed_s = time.perf_counter() - started
-    return "".join(map(_text, chunks)), chunks[-1]["usage"]["completion_tokens"] / elapsed_s
+    return "".join(map(text_of, chunks)), chunks[-1]["usage"]["completion_tokens"] / elapsed_s
 
 
 def _stream(client: httpx.Client, deployment: Deployment, example: Example, draft: str) -> Iterator[dict[str, Any]]:
@@ -149,10 +152,6 @@ def _stream(client: httpx.Client, deployment: Deployment, example: Example, draf
         for line in response.iter_lines():
             if line.startswith("data: {"):
                 yield json.loads(line.removeprefix("data: "))
-
-
-def _text(chunk: dict[str, Any]) -> str:
-    return "".join(choice.get("text") or choice.get("delta", {}).get("content") or "" for choice in chunk["choices"])
 
 
 def comparison_table(comparisons: list[Comparison]) -> Table:

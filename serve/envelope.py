@@ -8,6 +8,7 @@ from serve.choice import Choice
 from serve.logprobs import ShownToken, TokenNames, chat_logprobs, completion_logprobs, prompt_logprobs
 from serve.schema import RoundFigures, RoutingFigures, SpeculativeFigures, Usage
 from serve.transcript import Piece
+from specdecode.decoding.sequence import Round
 
 
 @dataclass(frozen=True)
@@ -112,12 +113,7 @@ class Envelope:
     def _extension(self, choice: Choice, piece: Piece) -> dict[str, Any]:
         """What a chunk says of speculation: its round on request, and the choice's figures at the end."""
         of_choice = figures([choice]).model_dump() if piece.finish_reason is not None else {}
-        round = RoundFigures(
-            num_draft_tokens=piece.round.num_drafted,
-            num_accepted_tokens=piece.round.num_accepted,
-            accepted_text=piece.accepted_text,
-        )
-        return {**of_choice, "round": round.model_dump()} if self._detail.has_rounds else of_choice
+        return {**of_choice, "round": _round_figures(piece).model_dump()} if self._detail.has_rounds else of_choice
 
 
 def usage(prompts: list[list[int]], choices: list[Choice]) -> Usage:
@@ -153,6 +149,27 @@ def figures(choices: list[Choice]) -> SpeculativeFigures:
         total_time_s=total_time_s,
         routing=_routing(choices) if generation.route.arms else None,
     )
+
+
+def _round_figures(piece: Piece) -> RoundFigures:
+    round = piece.round
+    return RoundFigures(
+        draft=round.drafter,
+        num_draft_tokens=round.num_drafted,
+        num_accepted_tokens=round.num_accepted,
+        num_tokens=len(round.tokens),
+        accepted_text=piece.accepted_text,
+        own_token=own_token(round),
+    )
+
+
+def own_token(round: Round) -> Literal["corrected", "bonus", "plain"] | None:
+    """Why the target added a token of its own; None where the round ended before, or the draft goes on there."""
+    if round.num_accepted == len(round.tokens):
+        return None
+    if round.num_drafted == 0:
+        return "plain"
+    return "bonus" if round.num_accepted == round.num_drafted else "corrected"
 
 
 def _routing(choices: list[Choice]) -> RoutingFigures:

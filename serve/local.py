@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 from ray import serve
 from ray.serve.schema import DeploymentSchema, ServeApplicationSchema, ServeDeploySchema
 
-from serve.app import check_vocabularies, deployment_names, wire
+from serve.app import check_page, check_vocabularies, deployment_names, wire
 from serve.config import DeploymentConfig, RouterSettings, ServeConfig
 from serve.keys import ApiKeys
 from specdecode.config import check_config, describe_validation_error, read_yaml
@@ -63,6 +63,7 @@ def load_deployment(path: str | Path, port: int | None = None) -> Deployment:
     """
     deployment = check_deployment(read_yaml(path), path, port)
     check_vocabularies(deployment.config)
+    check_page(deployment.config)
     return deployment
 
 

@@ -37,7 +37,7 @@ from serve.metrics import Metrics
 from serve.reader import Defaults, Job, Reader
 from serve.recorder import Recorder
 from serve.resumption import Failover
-from serve.schema import AUTO_DRAFT, ChatRequest, CompletionRequest, GenerationRequest, ModelCard, ModelList, Usage
+from serve.schema import AUTO_DRAFT, NO_DRAFT, ChatRequest, CompletionRequest, GenerationRequest, ModelCard, ModelList, Usage
 from serve.target import Generation, TargetInfo
 from serve.transcript import Piece, Wording
 from specdecode.config import check_config
@@ -142,7 +142,24 @@ class Router:
         app.get("/v1/models/{model:path}")(self.model)
         app.post("/v1/completions", response_model=None)(self.completions)
         app.post("/v1/chat/completions", response_model=None)(self.chat_completions)
-        return app
+        return self._with_page(app) if self._config.demo else app
+
+    def _with_page(self, app: FastAPI) -> FastAPI:
+        """The routes, and the page beside them."""
+        from serve.page import Offer, with_page  # Gradio, which is there only where it is wanted
+
+        route = self._defaults.route
+        offer = Offer(
+            model=self._model,
+            drafts=[*self._choosable, NO_DRAFT],
+            draft=route.drafter or NO_DRAFT,
+            k=route.k,
+            verifier=self._defaults.verifier,
+            max_k=self._config.max_k,
+            needs_key=bool(self._keys.digests),
+            max_body_bytes=self._config.max_body_bytes,
+        )
+        return with_page(app, offer)
 
     async def health(self) -> dict[str, str]:
         """Answers once the target is loaded."""

@@ -209,9 +209,15 @@ class SpeculativeFigures(BaseModel):
 class RoundFigures(BaseModel):
     """What one chunk of a stream is made of."""
 
+    draft: str | None = Field(description="who drafted; null where nothing was")
     num_draft_tokens: int
     num_accepted_tokens: int
+    num_tokens: int = Field(description="the accepted ones, and the target's own after them")
     accepted_text: str = Field(description="the part of the chunk's text, from its start, that was drafted")
+    own_token: Literal["corrected", "bonus", "plain"] | None = Field(
+        description="why the target added a token of its own: in place of a rejected one, after a draft accepted whole, "
+        "or because nothing was drafted; null where it added none"
+    )
 
 
 class ModelCard(BaseModel):

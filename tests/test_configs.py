@@ -59,7 +59,7 @@ MODELS: dict[str, type[BaseModel]] = {
     "train_code.yaml": DraftTrainingConfig,
     "train_reasoning.yaml": DraftTrainingConfig,
 }
-SERVE_FILES = ("serve.yaml", "tiny/serve.yaml")
+SERVE_FILES = ("serve.yaml", "tiny/demo.yaml", "tiny/serve.yaml")
 CLUSTER_FILES = ("cluster/on_premises.yaml", "cluster/rayservice.yaml")
 
 

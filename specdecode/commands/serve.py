@@ -22,11 +22,11 @@ def add_demo(commands: Commands) -> None:
         commands,
         "demo",
         _demo,
-        "deploy, stream three prompts, and compare with plain decoding",
+        "deploy, compare three answers with plain decoding, and serve a page to try more",
         "specdecode demo --once",
     )
     demo.add_argument(
-        "--config", metavar="FILE", default="configs/tiny/serve.yaml", help="a Serve config file (default %(default)s)"
+        "--config", metavar="FILE", default="configs/tiny/demo.yaml", help="a Serve config file (default %(default)s)"
     )
     demo.add_argument("--port", type=int, help="the HTTP port, instead of the file's")
     demo.add_argument("--once", action="store_true", help="end after the table instead of staying up")

@@ -94,6 +94,9 @@ def test_each_round_says_which_of_its_text_was_drafted(http: httpx.Client) -> No
         event["choices"][0]["text"].startswith(round["accepted_text"]) for event, round in zip(events, rounds, strict=True)
     )
     assert sum(round["num_accepted_tokens"] for round in rounds) == events[-1]["speculative_decoding"]["num_accepted_tokens"]
+    assert sum(round["num_tokens"] for round in rounds) == 24
+    assert {round["draft"] for round in rounds if round["num_draft_tokens"]} == {"code"}
+    assert {"corrected", "bonus"} <= {round["own_token"] for round in rounds}
     assert response.text.endswith("data: [DONE]\n\n")
 
 
