@@ -41,7 +41,8 @@ _STYLE: dict[Any, Any] = {
 }
 _NUM_COLUMNS = 4  # of panels, before the next row begins
 _LINE_INCHES = 0.27  # of a named line
-_AROUND_INCHES = 0.95  # a panel's title, ticks and axis
+_AROUND_INCHES = 1.05  # a panel's title, ticks and axis
+_BETWEEN_INCHES = 0.1  # panels, on each side
 _COLOURS = {
     BASELINE: BLACK,
     "generic_draft": ORANGE,
@@ -73,8 +74,9 @@ def grid(num_panels: int, heights: Several[float], width: float, *, share_y: boo
     num_columns = min(num_panels, _NUM_COLUMNS)
     num_lines = -(-num_panels // num_columns)
     all_heights = [height for height in heights for _ in range(num_lines)]
-    drawing = Drawing(figsize=(num_columns * width, sum(all_heights)), layout="constrained")
+    drawing = Drawing(figsize=(num_columns * width, sum(all_heights)))
     FigureCanvasAgg(drawing)
+    drawing.set_layout_engine("constrained", h_pad=_BETWEEN_INCHES, w_pad=_BETWEEN_INCHES / 2)
     axes = drawing.subplots(len(all_heights), num_columns, squeeze=False, sharey=share_y, height_ratios=all_heights).reshape(
         len(heights), -1
     )
