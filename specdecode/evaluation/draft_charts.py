@@ -55,8 +55,9 @@ def draft_length_chart(_: Several[Record], summary: Summary) -> Drawn | None:
         for curve in curves
     )
     caption = (
-        "Measured speed for each K of ablation_K with its 95 % interval, that of plain decoding (dashed), and what is predicted from the measured "
-        "acceptance a and times: (1 - a^(K + 1)) / (1 - a) tokens in K drafting steps and one verification (Leviathan et al. "
+        "Measured speed for each K of ablation_K with its 95 % interval, that of plain decoding (dashed), and what is "
+        "predicted from the measured acceptance a and times: (1 - a^(K + 1)) / (1 - a) tokens in K drafting steps and one "
+        "verification (Leviathan et al. "
         "2023, equation 1). The prediction takes each token to be accepted with the same chance, and the verification to cost "
         f"the same for each K. {' '.join(told)}"
     )
