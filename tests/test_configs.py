@@ -8,11 +8,13 @@ from pydantic import BaseModel
 
 from jobs.collect_router_data import CollectionConfig
 from jobs.drills import DrillsConfig
+from jobs.scaling import ScalingConfig
 from jobs.soak import SoakConfig
 from jobs.training_speed import TrainingSpeedConfig
 from serve.config import ServeConfig
 from specdecode.config import check_config, load_config
 from specdecode.evaluation.load_plan import LoadConfig
+from specdecode.evaluation.profile import ProfileConfig
 from specdecode.evaluation.suite import BenchmarkConfig
 from specdecode.routing.report import RouterReportConfig
 from specdecode.routing.trainer import RouterTrainingConfig
@@ -26,6 +28,7 @@ ROOT = Path(__file__).parents[1]
 
 MODELS: dict[str, type[BaseModel]] = {
     "benchmark.yaml": BenchmarkConfig,
+    "benchmark_profile.yaml": ProfileConfig,
     "distill_chat.yaml": DraftTrainingConfig,
     "distill_code.yaml": DraftTrainingConfig,
     "distill_reasoning.yaml": DraftTrainingConfig,
@@ -33,6 +36,7 @@ MODELS: dict[str, type[BaseModel]] = {
     "router_collect.yaml": CollectionConfig,
     "router_train.yaml": RouterTrainingConfig,
     "tiny/benchmark.yaml": BenchmarkConfig,
+    "tiny/benchmark_profile.yaml": ProfileConfig,
     "tiny/compare_drafts.yaml": ComparisonConfig,
     "tiny/compare_losses.yaml": ComparisonConfig,
     "tiny/distill_chat.yaml": DraftTrainingConfig,
@@ -42,12 +46,14 @@ MODELS: dict[str, type[BaseModel]] = {
     "tiny/drills.yaml": DrillsConfig,
     "tiny/load.yaml": LoadConfig,
     "tiny/pretrain_target.yaml": TargetTrainingConfig,
+    "tiny/profile_synthetic.yaml": ProfileConfig,
     "tiny/release.yaml": ReleaseConfig,
     "tiny/router_collect.yaml": CollectionConfig,
     "tiny/router_mixed.yaml": CollectionConfig,
     "tiny/router_report.yaml": RouterReportConfig,
     "tiny/router_test.yaml": CollectionConfig,
     "tiny/router_train.yaml": RouterTrainingConfig,
+    "tiny/scaling.yaml": ScalingConfig,
     "tiny/soak.yaml": SoakConfig,
     "tiny/tokenizer.yaml": TokenizerConfig,
     "tiny/train_chat.yaml": DraftTrainingConfig,

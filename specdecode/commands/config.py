@@ -39,6 +39,7 @@ _MODELS = {
     "report_router": "specdecode.routing.report:RouterReportConfig",
     "improve": "jobs.improve:ImproveConfig",
     "training_speed": "jobs.training_speed:TrainingSpeedConfig",
+    "scaling": "jobs.scaling:ScalingConfig",
     "drills": "jobs.drills:DrillsConfig",
     "soak": "jobs.soak:SoakConfig",
 }
