@@ -7,7 +7,7 @@ whether others are answered or not, and wait from then on; so a server that stal
 
 so that a drift of the machine meets all alike.
 
-- `OUTPUT_DIR/records/part-00000.parquet` ...: see `load_analysis.LoadRecord`; a part is one load in one turn.
+- `OUTPUT_DIR/records/part-00000.parquet` ...: see `load_records.LoadRecord`; a part is one load in one turn.
 - `OUTPUT_DIR/load.json`: how it came about.
 - `OUTPUT_DIR/summary.json`: what `write_load_summary` makes of the records, and of nothing else.
 - `OUTPUT_DIR/load.png`: a chart of that, where matplotlib is installed.
@@ -27,8 +27,9 @@ from specdecode.config import check_config
 from specdecode.errors import ConfigError
 from specdecode.evaluation.datasets import Dataset
 from specdecode.evaluation.endpoint import BadAnswerError, Endpoint
-from specdecode.evaluation.load_analysis import LoadRecord, LoadSummary, summarise_load
+from specdecode.evaluation.load_analysis import LoadSummary, summarise_load
 from specdecode.evaluation.load_plan import LoadConfig, Plan, Planned
+from specdecode.evaluation.load_records import LoadRecord
 from specdecode.evaluation.machine import machine, versions
 from specdecode.parts import part_path
 from specdecode.rows import read_rows, write_rows

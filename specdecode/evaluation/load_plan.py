@@ -11,7 +11,8 @@ from pydantic import Field, model_validator
 from specdecode.config import StrictModel
 from specdecode.evaluation.datasets import Dataset, DatasetConfig, Item
 from specdecode.evaluation.endpoint import Question
-from specdecode.evaluation.load_analysis import Bounds, Point
+from specdecode.evaluation.load_analysis import Bounds
+from specdecode.evaluation.load_records import Point
 
 
 class RandomPrompts(StrictModel):
@@ -73,6 +74,8 @@ class LoadConfig(StrictModel):
             raise ValueError("concurrency: expected some, or rates")
         if bad := [point.load for point in self.points if not 0 < point.load < float("inf")]:
             raise ValueError(f"concurrency and rates: expected numbers above 0, got {bad[0]:g}")
+        if self.num_requests < (most := max(self.concurrency, default=0)):
+            raise ValueError(f"num_requests: expected at least {most}, one for each client, got {self.num_requests}")
         return self
 
     @property

@@ -15,8 +15,8 @@ from specdecode.errors import ConfigError
 from specdecode.evaluation.datasets import Dataset, DatasetConfig
 from specdecode.evaluation.endpoint import BadAnswerError, events
 from specdecode.evaluation.load import ask_all, read_load, run_load
-from specdecode.evaluation.load_analysis import LoadRecord
 from specdecode.evaluation.load_plan import LoadConfig, Plan, arrivals
+from specdecode.evaluation.load_records import LoadRecord
 from tests.evaluation.endpoints import FakeEndpoint
 
 RANDOM = {"min_tokens": 3, "max_tokens": 5, "vocab_size": 9}
@@ -160,14 +160,14 @@ def test_arms_differ_in_what_they_say_and_take_turns_in_being_first(tmp_path: Pa
     arms = {"plain": {"extra_body": {"a": 1}}, "other": {"extra_body": {"b": 2, "temperature": 0.5}}}
     options: dict[str, Any] = {"arms": arms, "extra_body": {"a": 0, "top_p": 0.9}, "ignore_eos": True, "max_tokens": 9}
     with FakeEndpoint().serving() as endpoint:
-        records = load(endpoint, tmp_path, concurrency=[1, 2], num_requests=1, temperature=0.2, **options)
+        records = load(endpoint, tmp_path, concurrency=[1, 2], num_requests=2, temperature=0.2, **options)
     expected = {"max_tokens": 9, "ignore_eos": True, "top_p": 0.9, "model": "fake", "stream": True}
     assert all(body.items() >= expected.items() for body in endpoint.heard)
     said = [(body["a"], body.get("b"), body["temperature"]) for body in endpoint.heard]
     assert said[:2] == [(1, None, 0.2), (0, 2, 0.5)]  # the warm-up
     order = [(record.turn, record.load, record.arm) for record in records]
-    assert order[:4] == [(0, 1.0, "plain"), (0, 1.0, "other"), (0, 2.0, "plain"), (0, 2.0, "other")]
-    assert order[4:] == [(1, 1.0, "other"), (1, 1.0, "plain"), (1, 2.0, "other"), (1, 2.0, "plain")]
+    assert order[:8:2] == [(0, 1.0, "plain"), (0, 1.0, "other"), (0, 2.0, "plain"), (0, 2.0, "other")]
+    assert order[8::2] == [(1, 1.0, "other"), (1, 1.0, "plain"), (1, 2.0, "other"), (1, 2.0, "plain")]
 
 
 def test_two_endpoints_are_compared(tmp_path: Path) -> None:
@@ -203,6 +203,7 @@ def test_a_load_that_was_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
         ({"random": None}, "test: top level: dataset: expected either"),
         ({"concurrency": []}, "test: top level: concurrency: expected some"),
         ({"rates": [-1.0]}, "test: top level: concurrency and rates: expected numbers above 0, got -1"),
+        ({"concurrency": [4, 33]}, "test: top level: num_requests: expected at least 33, one for each client, got 32"),
         ({"goodput": {}}, "test: goodput: expected one of ttft_ms"),
         ({"random": {"min_tokens": 65}}, "test: random: max_tokens: expected at least min_tokens, 65, got 64"),
     ],

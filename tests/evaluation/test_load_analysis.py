@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from specdecode.evaluation.analysis import Figure
-from specdecode.evaluation.load_analysis import Bounds, LoadRecord, LoadRow, Percentiles, summarise_load
+from specdecode.evaluation.load_analysis import Bounds, LoadRow, Percentiles, summarise_load
+from specdecode.evaluation.load_records import LoadRecord
 
 
 def answer(turn: int, ended_s: float, first_s: float = 0.5, num_tokens: int = 11, **values: object) -> LoadRecord:
