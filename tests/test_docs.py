@@ -119,6 +119,7 @@ def test_a_quick_command_runs(words: list[str], capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
 def test_links_and_files_are_there(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
+    assert "@@" not in text  # what was to be filled in
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if not target.startswith(("http", "mailto")):
             file, _, heading = target.partition("#")
