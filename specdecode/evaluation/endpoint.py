@@ -17,6 +17,7 @@ Path = Literal["/completions", "/chat/completions"]
 
 # Many servers close a connection that is idle for 5 s, and a request that is sent at that moment fails by no fault of theirs.
 _KEEP_OPEN_S = 2.0
+_CONNECT_S = 10.0
 _MAX_SAID = 300  # of an error
 
 
@@ -79,7 +80,8 @@ class Endpoint:
             ConfigError: it is not there, refuses the key, or has no such model; or there is no key.
         """
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=_KEEP_OPEN_S)
-        async with httpx.AsyncClient(headers=_headers(key_name), timeout=timeout_s, limits=limits) as http:
+        timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, _CONNECT_S))
+        async with httpx.AsyncClient(headers=_headers(key_name), timeout=timeout, limits=limits) as http:
             endpoint = Endpoint(url.rstrip("/"), http, key_name, model, body, timeout_s)
             yield replace(endpoint, model=await endpoint._known_model())
 
