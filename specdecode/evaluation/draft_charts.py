@@ -34,7 +34,7 @@ def draft_length_chart(_: Several[Record], summary: Summary) -> Drawn | None:
     curves = summary.lengths
     if not curves:
         return None
-    drawing, [panels] = grid(len(curves), [3.6], 4.4)
+    drawing, [panels] = grid(len(curves), [3.7], 3.6)
     for curve, axes in zip(curves, panels, strict=True):
         shown = [k for k in curve.predicted if k <= max(curve.cell.K, *curve.measured) + _NUM_BEYOND]
         axes.plot(shown, [curve.predicted[k] for k in shown], "-", color=BLUE, label="predicted")
@@ -43,7 +43,7 @@ def draft_length_chart(_: Several[Record], summary: Summary) -> Drawn | None:
         for row in whole(summary.rows):
             if row.tokens_per_second and is_baseline_of(row.cell, curve.cell):
                 axes.axhline(row.tokens_per_second.value, color=BLACK, linewidth=1, linestyle="--", label="plain decoding")
-        axes.set_title(f"{setting_of(curve.cell)}: K = {curve.cell.K} is predicted to be best")
+        axes.set_title(f"{setting_of(curve.cell)}\nK = {curve.cell.K} is predicted to be best")
         axes.set_xlabel("K (drafted tokens per round)")
         axes.set_ylabel("tokens per second")
         axes.set_xticks(shown[:: 1 + len(shown) // 12])
