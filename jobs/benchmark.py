@@ -5,7 +5,6 @@ The same configuration as for `specdecode benchmark`, and the same records. Stop
 
 from serve.cluster import connected  # isort: skip  # before all else that imports Ray
 
-import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +17,6 @@ from specdecode.evaluation.benchmark import REPORT, conclude, run_benchmark
 from specdecode.evaluation.runner import Runner
 from specdecode.evaluation.suite import BenchmarkConfig
 
-logger = logging.getLogger(__name__)
-
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the job and returns its exit status."""
@@ -27,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(config: BenchmarkConfig) -> str:
-    records = run_benchmark(config, _measure, lambda done, count: logger.info("%d of %d parts are there", done, count))
+    records = run_benchmark(config, _measure)
     conclude(config.output_dir, config.report, config.logging)
     num_errors = sum(record.error is not None for record in records)
     report = f"; the report is {config.output_dir}/{REPORT}" if config.report else ""

@@ -2,11 +2,10 @@
 
 import argparse
 import io
-import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 from pydantic import BaseModel
 from rich.console import Console
@@ -14,6 +13,7 @@ from rich.table import Table
 
 from specdecode.config import load_config
 from specdecode.errors import UserError
+from specdecode.log import LogFormat, logging_to_stderr
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -45,18 +45,24 @@ def run_job(
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     if can_resume:
         parser.add_argument("--resume", action="store_true", help="go on with the run that output_dir holds")
+    parser.add_argument("--log-format", choices=get_args(LogFormat), help="instead of the file's; json: an object on each line")
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # it has a line for each request
     try:
         config = load_config(options.config, model, options.overrides)
-        result = job(config, options.resume) if can_resume else job(config)
+        with logging_to_stderr(options.log_format or _log_format(config), job=name):
+            result = job(config, options.resume) if can_resume else job(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     verdict = result if isinstance(result, Verdict) else Verdict(result, is_good=True)
     print(verdict.text)
     return 0 if verdict.is_good else 1
+
+
+def _log_format(config: BaseModel) -> LogFormat:
+    """What the file asks for, if it is of a kind that has a section for that."""
+    found: LogFormat = getattr(getattr(config, "logging", None), "format", "text")
+    return found
 
 
 def as_text(*tables: Table) -> str:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence as Arguments
 from importlib.metadata import version
 
-from specdecode.commands import benchmark, completion, config, generate, load, measure, models, profile, serve
+from specdecode.commands import benchmark, completion, config, evaluate, generate, load, measure, models, profile, serve
 from specdecode.errors import UserError
 
 _COMMANDS = (
@@ -18,6 +18,7 @@ _COMMANDS = (
     benchmark.add_benchmark,
     benchmark.add_report,
     benchmark.add_compare,
+    evaluate.add_evaluate,
     profile.add_profile,
     load.add_load,
     measure.add_overhead,

@@ -83,11 +83,18 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise ConfigError(f"--set {override}: expected key=value, such as training.seed=1")
     *parents, last = key.split(".")
+    place: Any = values
     for parent in parents:
-        values = values.setdefault(parent, {})
-        if not isinstance(values, dict):
+        place = place.setdefault(parent, {}) if isinstance(place, dict) else place[_position(place, parent, override)]
+        if not isinstance(place, dict | list):
             raise ConfigError(f"--set {override}: {parent} is a value, not a section")
-    values[last] = _parse_value(text, override)
+    place[last if isinstance(place, dict) else _position(place, last, override)] = _parse_value(text, override)
+
+
+def _position(values: list[Any], text: str, override: str) -> int:
+    if not text.isdecimal() or int(text) >= len(values):
+        raise ConfigError(f"--set {override}: expected a place in a list of {len(values)}, from 0, got {text}")
+    return int(text)
 
 
 def _parse_value(text: str, override: str) -> Any:

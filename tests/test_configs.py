@@ -1,6 +1,7 @@
 """Every file under configs/ loads as what it is for; those of configs/cluster are tested in test_cluster.py."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -27,14 +28,19 @@ from specdecode.training.tokenizer import TokenizerConfig
 ROOT = Path(__file__).parents[1]
 
 MODELS: dict[str, type[BaseModel]] = {
+    "base.yaml": BenchmarkConfig,
     "benchmark.yaml": BenchmarkConfig,
     "benchmark_profile.yaml": ProfileConfig,
     "distill_chat.yaml": DraftTrainingConfig,
     "distill_code.yaml": DraftTrainingConfig,
     "distill_reasoning.yaml": DraftTrainingConfig,
+    "eval_full.yaml": BenchmarkConfig,
+    "eval_quick.yaml": BenchmarkConfig,
+    "eval_routed.yaml": BenchmarkConfig,
     "load.yaml": LoadConfig,
     "router_collect.yaml": CollectionConfig,
     "router_train.yaml": RouterTrainingConfig,
+    "tiny/base.yaml": BenchmarkConfig,
     "tiny/benchmark.yaml": BenchmarkConfig,
     "tiny/benchmark_profile.yaml": ProfileConfig,
     "tiny/compare_drafts.yaml": ComparisonConfig,
@@ -44,6 +50,9 @@ MODELS: dict[str, type[BaseModel]] = {
     "tiny/distill_generic.yaml": DraftTrainingConfig,
     "tiny/distill_reasoning.yaml": DraftTrainingConfig,
     "tiny/drills.yaml": DrillsConfig,
+    "tiny/eval_full.yaml": BenchmarkConfig,
+    "tiny/eval_quick.yaml": BenchmarkConfig,
+    "tiny/eval_routed.yaml": BenchmarkConfig,
     "tiny/load.yaml": LoadConfig,
     "tiny/pretrain_target.yaml": TargetTrainingConfig,
     "tiny/profile_synthetic.yaml": ProfileConfig,
@@ -55,6 +64,7 @@ MODELS: dict[str, type[BaseModel]] = {
     "tiny/router_train.yaml": RouterTrainingConfig,
     "tiny/scaling.yaml": ScalingConfig,
     "tiny/soak.yaml": SoakConfig,
+    "tiny/spec_bench.yaml": BenchmarkConfig,
     "tiny/tokenizer.yaml": TokenizerConfig,
     "tiny/train_chat.yaml": DraftTrainingConfig,
     "tiny/train_code.yaml": DraftTrainingConfig,
@@ -84,3 +94,35 @@ def test_a_serve_file_holds_the_arguments_of_build(name: str) -> None:
     [application] = yaml.safe_load((ROOT / "configs" / name).read_text())["applications"]
     assert application["import_path"] == "serve.app:build"
     check_config(application["args"], ServeConfig, where=name)
+
+
+def leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """All values by their keys, such as quality.judge; a list is a value."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+@pytest.mark.parametrize("name", ["base.yaml", "tiny/base.yaml"])
+def test_the_base_file_has_every_parameter_at_its_default(name: str) -> None:
+    written = yaml.safe_load((ROOT / "configs" / name).read_text())
+    whole = load_config(ROOT / "configs" / name, BenchmarkConfig).model_dump(mode="json")
+    assert leaves(written).keys() == leaves(whole).keys()
+    assert written["datasets"][0].keys() == whole["datasets"][0].keys()
+    needed = {"target": {"model": "m"}, "datasets": [{"name": "builtin"}], "output_dir": "d", "experiments": ["baseline"]}
+    defaults = leaves(check_config(needed, BenchmarkConfig, where="test").model_dump(mode="json"))
+    chosen = ("target.model", "generic_draft", "draft_models", "routing", "datasets", "output_dir", "experiments")
+    small = ("max_new_tokens",) if name.startswith("tiny") else ()
+    for key, value in leaves(written).items():
+        assert key.startswith((*chosen, *small)) or value == defaults[key], key
+    experiments = BenchmarkConfig.model_fields["experiments"].default
+    assert written["experiments"] == experiments
+
+
+@pytest.mark.parametrize("name", [name for name, model in MODELS.items() if model is BenchmarkConfig and "/" not in name])
+def test_a_file_for_real_models_has_a_tiny_twin(name: str) -> None:
+    file, twin = (load_config(ROOT / "configs" / place / name, BenchmarkConfig) for place in ("", "tiny"))
+    assert file.experiments == twin.experiments
+    assert (file.quality, file.temperatures) == (twin.quality, twin.temperatures)
+    assert file.output_dir != twin.output_dir

@@ -15,6 +15,7 @@ LAYERS = {
     "specdecode.chance": 1,
     "specdecode.config": 1,
     "specdecode.embedded": 1,
+    "specdecode.log": 1,
     "specdecode.parts": 1,
     "specdecode.rows": 1,
     "specdecode.text": 2,

@@ -2,9 +2,10 @@
 
 import argparse
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, get_args
 
 from specdecode.config import StrictModel, check_config, load_config, with_overrides
+from specdecode.log import LogFormat
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -41,9 +42,15 @@ def add_set(command: argparse.ArgumentParser, such_as: str) -> None:
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=f"set a key, such as {such_as}")
 
 
-def add_json(command: argparse.ArgumentParser) -> None:
+def add_json(command: argparse._ActionsContainer) -> None:
     """Adds --json; `commands.tables.print_json` prints it."""
     command.add_argument("--json", action="store_true", help="print JSON instead, for programs")
+
+
+def add_log_format(command: argparse.ArgumentParser) -> None:
+    """Lets the form of log lines be chosen over the file's."""
+    said = "tell on stderr what is done, in lines for people or, as with the file's logging.format, a JSON object on each"
+    command.add_argument("--log-format", choices=get_args(LogFormat), help=said)
 
 
 def optional_config(parsed: argparse.Namespace, kind: type[_Config]) -> _Config:

@@ -24,6 +24,14 @@ def make_table(headings: tuple[str, ...], title: str | None = None, num_left: in
     return table
 
 
+def as_markdown(table: "Table") -> str:
+    """A table as Markdown has it."""
+    headings = [str(column.header) for column in table.columns]
+    lines = ["---:" if column.justify == "right" else "---" for column in table.columns]
+    rows = zip(*(column.cells for column in table.columns), strict=True)
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (headings, lines, *rows))
+
+
 def print_tables(*tables: "Table") -> None:
     from rich.console import Console
 

@@ -160,6 +160,11 @@ def _ratio(
     return _figure(sums.sum(0), sums[_resamples(len(sums))].sum(1))
 
 
+def mean(records: Several[Record], value: Callable[[Record], float]) -> Figure | None:
+    """Over the answers, with its interval; None of none."""
+    return _ratio(list(records), value, lambda _: 1)
+
+
 def _by_question(records: list[Record], *values: Callable[[Record], float]) -> np.ndarray:
     """Sums over the answers to each question, [questions, values]."""
     sums: dict[tuple[str, str], np.ndarray] = {}

@@ -8,6 +8,7 @@
 
 import importlib.util
 import json
+import logging
 import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -20,9 +21,11 @@ from specdecode.errors import ConfigError
 from specdecode.evaluation.analysis import Summary, summary
 from specdecode.evaluation.machine import machine, versions
 from specdecode.evaluation.records import Record, read_records
-from specdecode.evaluation.suite import BenchmarkConfig, as_rows, load_items
+from specdecode.evaluation.suite import BenchmarkConfig, as_rows, cells, load_items
 from specdecode.parts import Parts, part_path
 from specdecode.training.reporting import WandbConfig
+
+logger = logging.getLogger(__name__)
 
 RUN, RECORDS, SUMMARY, REPORT = "run.json", "records", "summary.json", "report.html"
 # What may be another the next time that a benchmark goes on: it does not change what is measured.
@@ -41,7 +44,7 @@ def measure_here(config: BenchmarkConfig, folder: Path, rows: list[dict[str, Any
 
 
 def run_benchmark(
-    config: BenchmarkConfig, measure: Measure = measure_here, tell: Callable[[int, int], None] | None = None
+    config: BenchmarkConfig, measure: Measure = measure_here, tell: Callable[[int, int], None] = lambda _done, _count: None
 ) -> list[Record]:
     """Measures what is not there yet, and reads all of it.
 
@@ -65,13 +68,16 @@ def run_benchmark(
     if not (output / RUN).exists():
         (output / RUN).write_text(json.dumps(provenance(config, len(items)), indent=2) + "\n", encoding="utf-8")
     missing = parts.missing(len(rows))
-    if tell is not None:
-        tell(len(rows) - len(missing), len(rows))
+    begun = {"run": config.output_dir, "num_cells": len(cells(config)), "num_questions": len(items), "num_parts": len(rows)}
+    logger.info("%(num_cells)d ways to decode %(num_questions)d questions, for %(run)s", begun, extra=begun)
+    tell(len(rows) - len(missing), len(rows))
     if missing:
-        done = measure(config, (output / RECORDS).absolute(), [rows[number] for number in missing])
-        for count, _ in enumerate(done, start=len(rows) - len(missing) + 1):
-            if tell is not None:
-                tell(count, len(rows))
+        measured = measure(config, (output / RECORDS).absolute(), [rows[number] for number in missing])
+        for count, part in enumerate(measured, start=len(rows) - len(missing) + 1):
+            fields = {"run": config.output_dir, "part": part["number"], "num_done": count, "num_parts": len(rows)}
+            fields |= {"num_records": part["num_records"], "num_errors": part["num_errors"]}
+            logger.info("%d of %d parts are there", count, len(rows), extra=fields)
+            tell(count, len(rows))
     return read_records(parts.paths(len(rows)))
 
 

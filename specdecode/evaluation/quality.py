@@ -38,9 +38,13 @@ def program_of(item: Item, answer: str) -> str:
     """
     if item.format == "raw":
         return f"{item.prefix}{answer}\n{item.reference}"
-    fenced = _FENCED.search(answer)
-    code = fenced.group(1) if fenced else answer
-    return f"{_before_function(item.prefix)}{code}\n{item.reference}"
+    return f"{_before_function(item.prefix)}{code_in(item, answer)}\n{item.reference}"
+
+
+def code_in(item: Item, answer: str) -> str:
+    """An answer's code: of one in a chat, what is between the first fences, if there are any."""
+    fenced = _FENCED.search(answer) if item.format == "chat" else None
+    return fenced.group(1) if fenced else answer
 
 
 def _before_function(prefix: str) -> str:

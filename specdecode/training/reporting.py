@@ -1,14 +1,18 @@
-"""Where the figures of a training go."""
+"""How a training is logged, and where its figures go."""
 
 import importlib.util
 
+from pydantic import Field
+
 from specdecode.config import StrictModel
 from specdecode.errors import ConfigError
+from specdecode.log import LogFormat
 
 
 class WandbConfig(StrictModel):
-    """Whether the figures of a run go to Weights & Biases."""
+    """How lines are written, and whether the figures of a run go to Weights & Biases."""
 
+    format: LogFormat = Field(default="text", description="of the log: for people; or json, an object on each line")
     use_wandb: bool = False
     project: str = "specdecode"
     run_name: str | None = None
