@@ -12,9 +12,10 @@ from ray import serve
 from ray.serve import Application
 
 from serve.config import ServeConfig
-from serve.draft import DraftServer
+from serve.draft import PLAIN, DraftServer
 from serve.reader import Defaults
 from serve.router import Router
+from serve.served import DraftModel
 from serve.target import TargetServer
 from specdecode.backends.loading import read_config
 from specdecode.decoding.sequence import Route
@@ -77,6 +78,7 @@ def wire(
         config.routing,
         config.canaries,
         [name for name, draft in config.draft_models.items() if draft.idle_share],
+        {name: DraftModel(draft.model, handles.get(name)) for name, draft in config.draft_models.items()},
     )
 
 
@@ -132,7 +134,8 @@ def _surge(percent: int) -> dict[str, int]:
 
 def _draft_options(config: ServeConfig) -> dict[str, Any]:
     """Every target holds one call open as long as it works with the draft, which may be cut off at any time."""
-    return {"max_ongoing_requests": config.exchange.max_sessions + _HEADROOM, "graceful_shutdown_timeout_s": 2.0}
+    num_calls = config.exchange.max_sessions + PLAIN.max_batch + PLAIN.max_queued
+    return {"max_ongoing_requests": num_calls + _HEADROOM, "graceful_shutdown_timeout_s": 2.0}
 
 
 def check_vocabularies(config: ServeConfig) -> None:

@@ -7,8 +7,8 @@ from contextlib import aclosing
 from typing import Any
 
 from serve.errors import DeadlineError
+from serve.generation import Generation
 from serve.resumption import Failover, Resumable, Targets
-from serve.target import Generation
 from serve.transcript import Piece, Transcript, Wording
 from specdecode.decoding.metrics import DecodingMetrics
 from specdecode.text import Tokenizer

@@ -337,6 +337,9 @@ class RouterConfig(StrictModel):
         default=3, ge=0, description="on how many further replicas an answer is taken up at the most when its own is lost"
     )
     records: RecordsConfig | None = Field(default=None, description="writes down what requests came to; nothing if unset")
+    cors_origins: list[str] = Field(
+        default_factory=list, description="web pages that a browser lets call, such as https://chat.example.org; * for all"
+    )
     api_keys_env: str | None = Field(default=None, min_length=1, description="an environment variable that holds API keys")
     api_keys_file: str | None = Field(default=None, min_length=1, description="a file that holds API keys, one a line")
     demo: bool = Field(
@@ -414,6 +417,8 @@ class ServeConfig(StrictModel):
         for name, canary in self.canaries.items():
             if missing := {name, canary.draft} - self.drafts.keys():
                 raise ValueError(f"canaries: {name}: expected drafts of {sorted(self.drafts)}, got {min(missing)!r}")
+        if self.model_name in self.drafts:
+            raise ValueError(f"drafts: {self.model_name} is the target's name, and cannot be a draft's")
         for name, meaning in (("none", "turns drafting off"), ("auto", "leaves the choice to the learned router")):
             if name in self.drafts:
                 raise ValueError(f"drafts: {name} is how a request {meaning}, and cannot be a draft's name")

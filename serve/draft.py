@@ -1,20 +1,29 @@
-"""A draft model in a replica: it listens for the targets that have a lease, and drafts for all of them together."""
+"""A draft model in a replica: it listens for the targets that have a lease, and drafts for all of them together.
+
+Asked by its own name it answers by itself, on another thread; the model takes one pass at a time, whoever wants it.
+"""
 
 import asyncio
 import os
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 
 import ray
+from ray import serve
+from ray.serve.exceptions import RayServeException
 
 from serve.config import DraftModelConfig, ExchangeConfig
+from serve.generation import Generation, Item, TargetInfo, answer
 from serve.lease import Offer
 from serve.log import begin_log
 from serve.metrics import METRICS_PERIOD_S, Metrics
+from serve.worker import EngineThread
 from specdecode.backends.backend import ModelBackend, open_model
 from specdecode.backends.huggingface import HuggingFaceBackend
-from specdecode.decoding.drafters import ModelDrafter
+from specdecode.decoding.drafters import ModelDrafter, NoDrafter
+from specdecode.decoding.engine import Engine, EngineConfig
 from specdecode.exchange.connection import Limits
 from specdecode.exchange.listener import Listener
 from specdecode.exchange.messages import ModelTokens
@@ -22,6 +31,9 @@ from specdecode.exchange.scheduler import DraftScheduler, SchedulerConfig
 from specdecode.routing.scoring import Budget, read_within
 
 LOOPBACK = "127.0.0.1"
+# Of a draft that is asked by its own name; few at a time, since others wait for what it drafts.
+_STREAM_INTERVAL_S = 0.05
+PLAIN = EngineConfig(max_batch=4, max_queued=64, draft_length="fixed")
 
 
 @dataclass(frozen=True)
@@ -60,6 +72,8 @@ class DraftServer:
         self._backend = backend
         self._listener = Listener(scheduler, limits, exchange.tls.server_context() if exchange.tls else None)
         self._ports = exchange.port_range
+        self._worker = EngineThread(plain_engine(backend), stream_interval_s=_STREAM_INTERVAL_S)
+        self._replica_id = replica_id()
         self._budget = Budget(config.idle_share)
         self._node_id = ray.get_runtime_context().get_node_id()
         self._metrics = Metrics()
@@ -77,6 +91,16 @@ class DraftServer:
             address = await asyncio.to_thread(self._listener.listen, host, self._ports)
             yield Offer(*address, ticket.key)
             await asyncio.wrap_future(ticket.ended)
+
+    async def describe(self, model: str | None = None) -> TargetInfo:  # noqa: ARG002  as a target is asked
+        """What the router must know of the draft as a model."""
+        return TargetInfo(self._backend.max_length, self._backend.vocab_size)
+
+    async def generate(self, generation: Generation) -> AsyncIterator[Item]:
+        """Streams one generation of the draft by itself; see `answer`."""
+        async with aclosing(answer(self._worker, generation, self._replica_id)) as items:
+            async for item in items:
+                yield item
 
     async def exchange(self, caller: str, target: ModelTokens, frame: bytes) -> bytes:
         """Answers one frame of a target that has no connection."""
@@ -110,6 +134,7 @@ class DraftServer:
         """Raises if the thread that drafts is gone, upon which Serve replaces the replica."""
         if not self._listener.is_alive:
             raise RuntimeError("the thread that drafts has ended")
+        self._worker.check()
 
     async def _keep_counting(self, name: str) -> None:
         """Reports what the scheduler has counted, for ever."""
@@ -124,10 +149,10 @@ class DraftServer:
 
 
 def cache_fault(backend: ModelBackend) -> str | None:
-    """What the backend's cache finds wrong with itself; to be asked between two passes, where they are made."""
+    """What the backend's cache finds wrong with itself."""
     if isinstance(backend, HuggingFaceBackend):
         try:
-            backend.cache.check()
+            backend.check_cache()
         except AssertionError as error:
             return str(error) or "a check failed"
     return None
@@ -140,3 +165,16 @@ def model_drafter(backend: ModelBackend, config: DraftModelConfig, target: Model
         ModelError: its vocabulary has too little in common with the target's.
     """
     return ModelDrafter.between(backend, target, support=config.support, min_confidence=config.min_confidence)
+
+
+def plain_engine(backend: ModelBackend) -> Engine:
+    """Makes what a draft model answers with when it is asked by its own name."""
+    return Engine(backend, NoDrafter(), PLAIN)
+
+
+def replica_id() -> str:
+    """The name that Serve gives this replica; none outside of Serve."""
+    try:
+        return serve.get_replica_context().replica_id.unique_id
+    except RayServeException:
+        return ""

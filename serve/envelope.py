@@ -1,12 +1,13 @@
 """What was generated in, the bodies of OpenAI's answers out."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from serve.choice import Choice
 from serve.logprobs import ShownToken, TokenNames, chat_logprobs, completion_logprobs, prompt_logprobs
-from serve.schema import RoundFigures, RoutingFigures, SpeculativeFigures, Usage
+from serve.schema import PromptDetails, RoundFigures, RoutingFigures, SpeculativeFigures, Usage
 from serve.transcript import Piece
 from specdecode.decoding.sequence import Round
 
@@ -19,11 +20,28 @@ class Detail:
         num_logprobs: how many likely tokens stand at each token's place; None for no log-probabilities.
         num_prompt_logprobs: the same for the prompt's tokens.
         has_rounds: whether each chunk says how much of it was drafted.
+        has_usage: whether each chunk has a field for the usage, which only the last one fills.
     """
 
     num_logprobs: int | None = None
     num_prompt_logprobs: int | None = None
     has_rounds: bool = False
+    has_usage: bool = False
+
+
+@dataclass(frozen=True)
+class Head:
+    """What all bodies of an answer begin with.
+
+    Attributes:
+        request_id: names the answer.
+        model: the model's name.
+        fingerprint: names what answers: the models and the program.
+    """
+
+    request_id: str
+    model: str
+    fingerprint: str
 
 
 class Envelope:
@@ -31,20 +49,20 @@ class Envelope:
 
     Args:
         kind: "chat" or "text", for the two endpoints.
-        model: the model's name.
-        names: what tokens are called.
+        head: what all bodies begin with.
+        names: tells what tokens are called, where anybody asks.
         detail: what the bodies say beside the text.
-        request_id: names the answer.
     """
 
-    def __init__(self, kind: Literal["chat", "text"], model: str, names: TokenNames, detail: Detail, request_id: str) -> None:
+    def __init__(self, kind: Literal["chat", "text"], head: Head, names: Callable[[], TokenNames], detail: Detail) -> None:
         self._is_chat = kind == "chat"
         self._names = names
         self._detail = detail
         self._head = {
-            "id": f"{'chatcmpl' if self._is_chat else 'cmpl'}-{request_id}",
+            "id": f"{'chatcmpl' if self._is_chat else 'cmpl'}-{head.request_id}",
             "created": int(time.time()),
-            "model": model,
+            "model": head.model,
+            "system_fingerprint": head.fingerprint,
         }
 
     def whole(self, choices: list[Choice], usage: Usage) -> dict[str, Any]:
@@ -86,13 +104,14 @@ class Envelope:
             **self._head,
             "object": "chat.completion.chunk" if self._is_chat else "text_completion",
             "choices": choices,
+            **({"usage": None} if self._detail.has_usage else {}),
         }
 
     def _whole_choice(self, choice: Choice) -> dict[str, Any]:
         text = choice.transcript.text
         return {
             "index": choice.index,
-            **({"message": {"role": "assistant", "content": text}} if self._is_chat else {"text": text}),
+            **({"message": {"role": "assistant", "content": text, "refusal": None}} if self._is_chat else {"text": text}),
             "logprobs": self._logprobs(choice.transcript.tokens),
             "finish_reason": choice.transcript.finish_reason,
             **self._prompt_logprobs(choice),
@@ -102,13 +121,13 @@ class Envelope:
         num_top = self._detail.num_logprobs
         if num_top is None:
             return None
-        return (chat_logprobs if self._is_chat else completion_logprobs)(tokens, num_top, self._names)
+        return (chat_logprobs if self._is_chat else completion_logprobs)(tokens, num_top, self._names())
 
     def _prompt_logprobs(self, choice: Choice) -> dict[str, Any]:
         num_top = self._detail.num_prompt_logprobs
         if num_top is None:
             return {}
-        return {"prompt_logprobs": prompt_logprobs(choice.metrics.prompt_logprobs, num_top, self._names)}
+        return {"prompt_logprobs": prompt_logprobs(choice.metrics.prompt_logprobs, num_top, self._names())}
 
     def _extension(self, choice: Choice, piece: Piece) -> dict[str, Any]:
         """What a chunk says of speculation: its round on request, and the choice's figures at the end."""
@@ -116,11 +135,16 @@ class Envelope:
         return {**of_choice, "round": _round_figures(piece).model_dump()} if self._detail.has_rounds else of_choice
 
 
-def usage(prompts: list[list[int]], choices: list[Choice]) -> Usage:
-    """How many tokens a request took."""
-    num_prompt = sum(map(len, prompts))
+def usage(choices: list[Choice], n: int) -> Usage:
+    """How many tokens a request took, whose every prompt has `n` choices; a prompt is counted once."""
+    num_prompt = sum(len(choice.generation.tokens) for choice in choices[::n])
     num_generated = sum(choice.metrics.num_generated for choice in choices)
-    return Usage(prompt_tokens=num_prompt, completion_tokens=num_generated, total_tokens=num_prompt + num_generated)
+    return Usage(
+        prompt_tokens=num_prompt,
+        completion_tokens=num_generated,
+        total_tokens=num_prompt + num_generated,
+        prompt_tokens_details=PromptDetails(cached_tokens=sum(choice.metrics.num_cached for choice in choices[::n])),
+    )
 
 
 def figures(choices: list[Choice]) -> SpeculativeFigures:

@@ -10,7 +10,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.schema import ErrorBody, ErrorDetail
+from serve.schema import UNSUPPORTED, ErrorBody, ErrorDetail
 from specdecode.errors import OverloadedError, RequestError
 
 logger = logging.getLogger("ray.serve")
@@ -26,6 +26,10 @@ _HTTP_NAMES = {"bad_words_ids": "bad_words"}  # what the decoder calls otherwise
 
 class UnknownModelError(RequestError):
     """A request names a model that is not served here."""
+
+
+class ContextLengthError(RequestError):
+    """A prompt and its answer are longer than the model's context."""
 
 
 class ApiKeyError(Exception):
@@ -64,6 +68,8 @@ def describe_error(error: Exception) -> tuple[int, ErrorBody]:
     match error:
         case UnknownModelError():
             return 404, _body(str(error), "invalid_request_error", error.param, "model_not_found")
+        case ContextLengthError():
+            return 400, _body(str(error), "invalid_request_error", error.param, "context_length_exceeded")
         case RequestError():
             return 400, _refusal(error)
         case RequestValidationError():
@@ -129,14 +135,17 @@ class BodyLimit:
 
 
 def _invalid_body(error: RequestValidationError) -> ErrorBody:
-    first = error.errors()[0]
+    field = error.errors()[0]["loc"][:2]
+    # Of a union's members the one that fits best is the one in which something deeper is wrong.
+    first = max((each for each in error.errors() if each["loc"][:2] == field), key=lambda each: len(each["loc"]))
     if isinstance(cause := first.get("ctx", {}).get("error"), RequestError):  # a check of several fields names one itself
         return _refusal(cause)
     # pydantic names the member of a union, such as list[str], as if it were a field.
     path = [str(part) for part in first["loc"] if part not in ("body", "str") and "[" not in str(part)]
     if first["type"] == "json_invalid":
         return _body(f"the request's body is not valid JSON: {first['ctx']['error']}", "invalid_request_error")
-    expected = {"extra_forbidden": "unknown field", "missing": "missing"}.get(first["type"], first["msg"])
+    unknown = "not supported here" if first["loc"][-1] in UNSUPPORTED else "unknown field"
+    expected = {"extra_forbidden": unknown, "missing": "missing"}.get(first["type"], first["msg"])
     expected = expected.removeprefix("Value error, ")
     got = "" if first["type"] == "missing" else f", got {_shorten(first['input'])}"
     return _body(f"{'.'.join(path) or 'body'}: {expected}{got}", "invalid_request_error", ".".join(path) or None)

@@ -1,12 +1,14 @@
 """Requests in, generations out: what the target is asked, and what its text is to be. Knows no HTTP."""
 
+import json
 from collections.abc import Sequence as Several
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from serve.config import RouterConfig, RouterSettings
-from serve.schema import AUTO_DRAFT, NO_DRAFT, ChatRequest, CompletionRequest, GenerationRequest
-from serve.target import Generation, TargetInfo
+from serve.errors import ContextLengthError
+from serve.generation import Generation, TargetInfo
+from serve.schema import AUTO_DRAFT, NO_DRAFT, ChatRequest, CompletionRequest, GenerationRequest, Message, ToolCall
 from serve.transcript import Wording
 from specdecode.decoding.sequence import Route, SamplingParams, VerifierName
 from specdecode.errors import RequestError
@@ -79,7 +81,7 @@ class Reader:
     def chat(self, body: ChatRequest) -> list[Job]:
         """What a chat's answer is made of; see `completion`."""
         self._check_counts(body, 1)
-        prompt = self._tokenizer.encode_chat([{"role": turn.role, "content": turn.text} for turn in body.messages])
+        prompt = self._tokenizer.encode_chat([self._turn(turn, number) for number, turn in enumerate(body.messages)])
         max_tokens = body.max_completion_tokens or body.max_tokens or max(1, self._target.max_length - len(prompt))
         return self._jobs(body, [prompt], max_tokens, [None])
 
@@ -90,6 +92,21 @@ class Reader:
             return [asked[-1] if asked else body.messages[-1].text]
         assert isinstance(body, CompletionRequest)
         return [self._text(part) for part in _parts(body.prompt)]
+
+    def _turn(self, turn: Message, number: int) -> dict[str, Any]:
+        """A message as chat templates take it; developers are systems to those that do not tell them apart."""
+        if turn.content is None and not turn.tool_calls:
+            raise RequestError(f"messages.{number}.content: missing", f"messages.{number}.content")
+        if (turn.role == "tool" or turn.tool_calls) and not self._tokenizer.has_role("tool"):
+            raise RequestError(
+                f"messages.{number}: the chat template of this model knows no tools",
+                f"messages.{number}.{'role' if turn.role == 'tool' else 'tool_calls'}",
+            )
+        role = "system" if turn.role == "developer" and not self._tokenizer.has_role("developer") else turn.role
+        rest: dict[str, Any] = {"name": turn.name, "tool_call_id": turn.tool_call_id}
+        if turn.tool_calls:
+            rest["tool_calls"] = [_call(call, number) for call in turn.tool_calls]
+        return {"role": role, "content": turn.text, **{name: value for name, value in rest.items() if value is not None}}
 
     def _jobs(
         self, body: GenerationRequest, prompts: list[list[int]], max_tokens: int, echoes: Several[str | None]
@@ -121,7 +138,7 @@ class Reader:
             max_tokens=max(1, max_tokens),  # to score a prompt takes a round, and a round generates
             stop_token_ids=frozenset(body.stop_token_ids),
             ignore_eos=body.ignore_eos,
-            seed=body.seed,
+            seed=None if body.seed is None else body.seed % 2**64,
             logprobs=body.num_logprobs,
             prompt_logprobs=max((number for number in asked if number is not None), default=None),
             verifier=body.speculative_decoding.verifier or self._defaults.verifier,
@@ -157,14 +174,25 @@ class Reader:
         limit = self._target.max_length
         if not prompt:
             raise RequestError("prompt: expected at least one token, got none", "prompt")
-        _check_at_most("prompt", len(prompt), self._config.max_prompt_tokens or limit, " tokens")
+        if self._config.max_prompt_tokens is not None:
+            _check_at_most("prompt", len(prompt), self._config.max_prompt_tokens, " tokens")
         if len(prompt) + max(1, max_tokens) > limit:
-            raise RequestError(
-                f"the model's context is {limit} tokens, but the prompt has {len(prompt)} and max_tokens is {max_tokens}",
+            raise ContextLengthError(
+                f"this model's maximum context length is {limit} tokens, but the prompt has {len(prompt)} and max_tokens is "
+                f"{max_tokens}",
                 "prompt" if len(prompt) >= limit else "max_tokens",
             )
         if not 0 <= min(prompt) <= max(prompt) < self._target.vocab_size:
             raise RequestError(f"prompt: expected token ids in [0, {self._target.vocab_size})", "prompt")
+
+
+def _call(call: ToolCall, number: int) -> dict[str, Any]:
+    """A tool's call as chat templates take it, with its arguments as an object."""
+    try:
+        arguments = json.loads(call.function.arguments)
+    except ValueError as error:
+        raise RequestError(f"messages.{number}.tool_calls: arguments are no JSON", f"messages.{number}.tool_calls") from error
+    return {"id": call.id, "type": call.type, "function": {"name": call.function.name, "arguments": arguments}}
 
 
 def _parts(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:

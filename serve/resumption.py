@@ -15,7 +15,7 @@ import grpc  # type: ignore[import-untyped]
 from ray.exceptions import RayActorError, RayTaskError
 
 from serve.errors import UnavailableError
-from serve.target import Admission, Generation, Item, PromptLogprobs
+from serve.generation import Admission, Generation, Item, PromptLogprobs
 from specdecode.decoding.sequence import Round, TokenLogprob
 from specdecode.errors import OverloadedError
 

@@ -5,12 +5,12 @@ and the target sees no text.
 """
 
 import asyncio
-import json
+import hashlib
 import logging
 import os
 import secrets
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as Several
 from contextlib import aclosing
 from dataclasses import replace
@@ -18,38 +18,38 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
-from starlette.types import Receive, Scope, Send
+from starlette.middleware.cors import CORSMiddleware
 
 from serve.access import Access, AccessLog
 from serve.canary import CanaryConfig, with_canaries
 from serve.choice import Choice, merge
 from serve.config import RouterConfig, RouterSettings
-from serve.envelope import Detail, Envelope, usage
-from serve.errors import BodyLimit, UnavailableError, UnknownModelError, describe_error, install_error_handlers
+from serve.envelope import Detail, Envelope, Head, usage
+from serve.errors import BodyLimit, UnknownModelError
 from serve.forecaster import Forecaster, Subject
+from serve.generation import Generation
 from serve.keys import ApiKeys, KeyCheck
-from serve.logprobs import TokenNames
 from serve.metrics import Metrics
+from serve.pages import answers, cors, new_app, version
 from serve.reader import Defaults, Job, Reader
 from serve.recorder import Recorder
 from serve.resumption import Failover
-from serve.schema import AUTO_DRAFT, NO_DRAFT, ChatRequest, CompletionRequest, GenerationRequest, ModelCard, ModelList, Usage
-from serve.target import Generation, TargetInfo
-from serve.transcript import Piece, Wording
+from serve.schema import AUTO_DRAFT, NO_DRAFT, ChatRequest, CompletionRequest, GenerationRequest, ModelCard, ModelList
+from serve.served import DraftModel, Served
+from serve.stream import EventStream, chain, events
+from serve.transcript import Wording
 from specdecode.config import check_config
 from specdecode.decoding.metrics import Verdicts
+from specdecode.decoding.sequence import Route
 from specdecode.errors import ConfigError
 from specdecode.routing.forecast import Forecast
 from specdecode.routing.router import AdaptiveRouter, RoutingConfig
-from specdecode.text import Tokenizer
 
 logger = logging.getLogger("ray.serve")
-
-_RETRY_PERIOD_S = 1.0
 
 
 class Router:
@@ -65,6 +65,7 @@ class Router:
         routing: the learned router, if there is one.
         canaries: drafts that take a share of others' requests.
         idle_readers: drafts that read, while they are idle, answers that they did not draft.
+        alone: drafts that answer by themselves when a request names one as its model.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
@@ -78,8 +79,8 @@ class Router:
         routing: RoutingConfig | None = None,
         canaries: Mapping[str, CanaryConfig] | None = None,
         idle_readers: Several[str] = (),
+        alone: Mapping[str, DraftModel] | None = None,
     ) -> None:
-        self._model = model
         self._drafts = drafts
         self._config = config
         self._keys = ApiKeys.load(config, os.environ)
@@ -93,27 +94,25 @@ class Router:
         records = config.records
         self._recorder = None if records is None else Recorder(records.folder, keeps_prompts=records.keep_prompts)
         self._failover = Failover(config.failover_timeout_s, config.max_resumptions)
-        self._tokenizer = Tokenizer(tokenizer)
+        self._target = Served(model, tokenizer, target)
+        alone = alone or {}
+        self._models = {model: self._target} | {
+            name: Served(name, checkpoint, target if replicas is None else replicas, name)
+            for name, (checkpoint, replicas) in alone.items()
+        }
+        self._fingerprint = _fingerprint(model, tokenizer, drafts, {name: draft.checkpoint for name, draft in alone.items()})
         self._created = int(time.time())
         self._canaries = canaries or {}
         self._idle_readers = list(idle_readers)
         self._asking: set[asyncio.Task[None]] = set()
         self._score = target.options(method_name="score")
         self._given_defaults = self._defaults = defaults
-        # gRPC: the target notices a router that was killed, which it does not where Ray's own calls carry the stream.
-        self._targets = target.options(method_name="generate", stream=True, _by_reference=False)
-        self._known: _Known | None = None
-        self._meeting = asyncio.create_task(self._meet(target.options(method_name="describe")))
+        self._meeting = asyncio.create_task(self._meet())
 
-    async def _meet(self, describe: DeploymentHandle) -> None:
-        """Waits until the target is loaded; meanwhile every request is told so."""
-        while self._known is None:
-            try:
-                info: TargetInfo = await describe.remote()
-                self._known = _Known(info, TokenNames(self._tokenizer, info.vocab_size))
-            except (RayError, RayServeException) as error:  # noqa: PERF203  once a second
-                logger.warning("the target does not answer yet: %r", error)
-                await asyncio.sleep(_RETRY_PERIOD_S)
+    async def _meet(self) -> None:
+        """Waits until the models are loaded, the target first."""
+        await self._target.meet()
+        await asyncio.gather(*(served.meet() for served in self._models.values()))
 
     # Serve tells of a user_config that is taken away only if the rank is asked for too.
     def reconfigure(self, user_config: dict[str, Any] | None, rank: object = None) -> None:  # noqa: ARG002
@@ -132,16 +131,19 @@ class Router:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Makes the HTTP routes of this router."""
-        app = FastAPI(title="SpecDecode", description="Lossless speculative decoding behind OpenAI's API")
-        install_error_handlers(app)
+        app = new_app(list(self._models))
         app.add_middleware(BodyLimit, max_bytes=self._config.max_body_bytes)
         app.add_middleware(KeyCheck, keys=self._keys)
+        if self._config.cors_origins:
+            app.add_middleware(CORSMiddleware, **cors(self._config.cors_origins))
         app.add_middleware(AccessLog, metrics=self._metrics)  # the last is the first that a request meets
-        app.get("/health")(self.health)
-        app.get("/v1/models")(self.models)
-        app.get("/v1/models/{model:path}")(self.model)
-        app.post("/v1/completions", response_model=None)(self.completions)
-        app.post("/v1/chat/completions", response_model=None)(self.chat_completions)
+        app.get("/health", responses=answers(503))(self.health)
+        app.get("/version")(self.version)
+        app.get("/v1/models", responses=answers(401))(self.models)
+        app.get("/v1/models/{model:path}", responses=answers(401, 404))(self.model)
+        for path, handler in (("/v1/completions", self.completions), ("/v1/chat/completions", self.chat_completions)):
+            refusals = answers(400, 401, 404, 413, 429, 503, 504)
+            app.post(path, response_model=None, responses=refusals)(handler)
         return self._with_page(app) if self._config.demo else app
 
     def _with_page(self, app: FastAPI) -> FastAPI:
@@ -150,7 +152,7 @@ class Router:
 
         route = self._defaults.route
         offer = Offer(
-            model=self._model,
+            model=self._target.name,
             drafts=[*self._choosable, NO_DRAFT],
             draft=route.drafter or NO_DRAFT,
             k=route.k,
@@ -163,37 +165,41 @@ class Router:
 
     async def health(self) -> dict[str, str]:
         """Answers once the target is loaded."""
-        self._target()
+        self._target.check_loaded()
         return {"status": "ok"}
 
+    async def version(self) -> dict[str, str]:
+        """Says which version of SpecDecode this is."""
+        return {"version": version()}
+
     async def models(self) -> ModelList:
-        """Lists the one model that is served, with its drafts."""
-        return ModelList(data=[self._card()])
+        """Lists the target, and the drafts that answer by themselves."""
+        self._target.check_loaded()
+        return ModelList(data=[self._card(served) for served in self._models.values()])
 
     async def model(self, model: str) -> ModelCard:
-        """Describes the model that is served."""
-        self._check_model(model)
-        return self._card()
+        """Describes one model."""
+        self._target.check_loaded()
+        return self._card(self._served(model))
 
     async def completions(self, body: CompletionRequest, request: Request) -> Response:
         """Continues one or several prompts."""
-        self._check_model(body.model)
-        access = Access.of(request.scope)
-        jobs = await self._routed(self._reader().completion(body), body, access.id)
-        return await self._answer(access, body, jobs, "text")
+        served = self._served(body.model)
+        return await self._answer(served, Access.of(request.scope), body, self._reader(served).completion(body), "text")
 
     async def chat_completions(self, body: ChatRequest, request: Request) -> Response:
         """Answers a conversation."""
-        self._check_model(body.model)
-        access = Access.of(request.scope)
-        jobs = await self._routed(self._reader().chat(body), body, access.id)
-        return await self._answer(access, body, jobs, "chat")
+        served = self._served(body.model)
+        return await self._answer(served, Access.of(request.scope), body, self._reader(served).chat(body), "chat")
 
-    async def _routed(self, jobs: list[Job], body: GenerationRequest, id: str) -> "list[_Routed]":
+    async def _routed(self, served: Served, jobs: list[Job], body: GenerationRequest, id: str) -> "list[_Routed]":
         """Lets the learned router choose where nobody else has."""
+        if served.draft is not None:
+            nobody = Subject("", 0, isinstance(body, ChatRequest))
+            return [_Routed(job.generation, job.wording, nobody, None) for job in jobs]
         prompts, is_chat = [job.generation.tokens for job in jobs[:: body.n]], isinstance(body, ChatRequest)
         is_heard = self._forecaster is not None or self._recorder is not None
-        texts = self._reader().texts(body) if is_heard else [""] * len(prompts)  # to turn ids into text takes a while
+        texts = self._reader(served).texts(body) if is_heard else [""] * len(prompts)  # to turn ids into text takes a while
         subjects = [Subject(text, len(prompt), is_chat) for text, prompt in zip(texts, prompts, strict=True)]
         forecasts: list[Forecast | None] = [None] * len(subjects)
         if self._forecaster is not None and jobs[0].generation.route.drafter == AUTO_DRAFT:
@@ -206,28 +212,33 @@ class Router:
         ]
 
     async def _answer(
-        self, access: Access, body: GenerationRequest, jobs: "list[_Routed]", kind: Literal["chat", "text"]
+        self, served: Served, access: Access, body: GenerationRequest, jobs: list[Job], kind: Literal["chat", "text"]
     ) -> Response:
         """Generates all that the request asks for, and answers in one piece or as a stream of events."""
-        detail = Detail(body.num_logprobs, body.prompt_logprobs, body.speculative_decoding.rounds)
-        envelope = Envelope(kind, self._model, self._target().names, detail, access.id)
-        choices = access.choices = [self._choice(f"{access.id}-{index}", index, job) for index, job in enumerate(jobs)]
+        routed = await self._routed(served, jobs, body, access.id)
+        detail = Detail(body.num_logprobs, body.prompt_logprobs, body.speculative_decoding.rounds, body.has_usage)
+        head = Head(access.id, served.name, self._fingerprint)
+        envelope = Envelope(kind, head, lambda: served.names, detail)
+        choices = access.choices = [
+            self._choice(served, f"{access.id}-{index}", index, job) for index, job in enumerate(routed)
+        ]
         limits = [limit for limit in (access.timeout_s, self._config.request_timeout_s) if limit is not None]
         pieces = merge(choices, min(limits, default=None))
         if body.stream:
             # The first pieces are awaited here, so that a request which the target refuses still gets its status.
             first = await anext(pieces)
-            return EventStream(_events(_chain(first, pieces), choices, body, envelope, access))
+            closing = partial(usage, choices, body.n) if body.has_usage else None
+            return EventStream(events(chain(first, pieces), choices, closing, envelope, access))
         async with aclosing(pieces):
             async for _ in pieces:
                 pass
-        return JSONResponse(envelope.whole(choices, _usage(choices, body)))
+        return JSONResponse(envelope.whole(choices, usage(choices, body.n)))
 
-    def _choice(self, id: str, index: int, job: "_Routed") -> Choice:
+    def _choice(self, served: Served, id: str, index: int, job: "_Routed") -> Choice:
         """One of a request's generations. Its seed is chosen here, so that any replica can go on where another was lost."""
-        generation = replace(job.generation, id=id, seed=secrets.randbits(64))
-        on_end = partial(self._learn, job, id)
-        return Choice(index, self._targets, generation, job.wording, self._tokenizer, self._failover, on_end)
+        generation = replace(job.generation, id=id, seed=secrets.randbits(64), model=served.draft)
+        on_end = partial(self._learn, job, id) if served.draft is None else _forget
+        return Choice(index, served.replicas, generation, job.wording, served.tokenizer, self._failover, on_end)
 
     def _learn(self, job: "_Routed", id: str, choice: Choice) -> None:
         """Hands on what a generation came to."""
@@ -255,19 +266,15 @@ class Router:
             if self._recorder is not None:
                 self._recorder.add_score(job.subject, name, verdicts, id)
 
-    def _target(self) -> "_Known":
-        if self._known is None:
-            raise UnavailableError("the model is still loading: try again later")
-        return self._known
-
-    def _reader(self) -> Reader:
+    def _reader(self, served: Served) -> Reader:
+        is_target = served.draft is None
         return Reader(
-            self._tokenizer,
-            self._target().info,
-            self._drafts,
-            self._defaults,
+            served.tokenizer,
+            served.info,
+            self._drafts if is_target else [],
+            self._defaults if is_target else replace(self._defaults, route=Route()),
             self._config,
-            has_router=self._forecaster is not None,
+            has_router=is_target and self._forecaster is not None,
         )
 
     @property
@@ -275,14 +282,13 @@ class Router:
         """Who may be the default."""
         return self._drafts + ([] if self._forecaster is None else [AUTO_DRAFT])
 
-    def _check_model(self, model: str) -> None:
-        if model != self._model:
-            raise UnknownModelError(f"model {model!r} is not served here: expected {self._model!r}", "model")
+    def _served(self, model: str) -> Served:
+        if model not in self._models:
+            raise UnknownModelError(f"model {model!r} is not served here: expected one of {list(self._models)}", "model")
+        return self._models[model]
 
-    def _card(self) -> ModelCard:
-        return ModelCard(
-            id=self._model, created=self._created, max_model_len=self._target().info.max_length, drafts=self._drafts
-        )
+    def _card(self, served: Served) -> ModelCard:
+        return served.card(self._created, self._drafts if served.draft is None else [])
 
 
 class _Routed(NamedTuple):
@@ -302,65 +308,10 @@ def _chosen(
     return replace(generation, route=with_canaries(route, canaries, request_id))
 
 
-class _Known(NamedTuple):
-    """The target, once it is loaded, and what its tokens are called."""
-
-    info: TargetInfo
-    names: TokenNames
+def _forget(choice: Choice) -> None:
+    """What a draft answers by itself says nothing about drafting."""
 
 
-class EventStream(StreamingResponse):
-    """Server-sent events; when the client leaves, their source is closed at once, and not when it is found to be garbage."""
-
-    def __init__(self, events: AsyncGenerator[str, None]) -> None:
-        super().__init__(events, media_type="text/event-stream")
-        self._events = events
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """See the ASGI specification."""
-        async with aclosing(self._events):
-            await super().__call__(scope, receive, send)
-
-
-async def _events(
-    pieces: AsyncGenerator[list[tuple[Choice, Piece]], None],
-    choices: list[Choice],
-    body: GenerationRequest,
-    envelope: Envelope,
-    access: Access,
-) -> AsyncGenerator[str, None]:
-    """The server-sent events of a stream; an error ends it with an error body."""
-    access.error = "cancelled"  # unless it comes to an end
-    async with aclosing(pieces):
-        for choice in choices:
-            if opening := envelope.opening(choice):
-                yield _event(opening)
-        try:
-            async for ready in pieces:  # in one message, whose way to the client costs more than what is in it
-                yield "".join(_event(envelope.chunk(choice, piece)) for choice, piece in ready)
-        except Exception as error:
-            _, described = describe_error(error)
-            access.error = described.error.code or described.error.type
-            yield _event(described.model_dump())
-            return
-        access.error = None
-        if body.stream_options.include_usage:
-            yield _event(envelope.closing(_usage(choices, body)))
-        yield "data: [DONE]\n\n"
-
-
-def _usage(choices: list[Choice], body: GenerationRequest) -> Usage:
-    return usage([choice.generation.tokens for choice in choices[:: body.n]], choices)
-
-
-async def _chain(
-    first: list[tuple[Choice, Piece]], rest: AsyncGenerator[list[tuple[Choice, Piece]], None]
-) -> AsyncGenerator[list[tuple[Choice, Piece]], None]:
-    async with aclosing(rest):
-        yield first
-        async for ready in rest:
-            yield ready
-
-
-def _event(body: dict[str, Any]) -> str:
-    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+def _fingerprint(*parts: object) -> str:
+    """Names what answers: the models, and this version of the program."""
+    return f"fp_{hashlib.sha256(repr((version(), parts)).encode()).hexdigest()[:10]}"

@@ -1,6 +1,6 @@
 """OpenAI's requests and responses, with one field of our own in each, `speculative_decoding`, and some of vLLM's.
 
-Knows shapes and ranges; neither tokens nor models.
+Knows shapes and ranges; neither tokens nor models. Of what is not done here only the value that asks for nothing is taken.
 """
 
 import re
@@ -15,26 +15,54 @@ from specdecode.errors import RequestError
 NO_DRAFT, AUTO_DRAFT = "none", "auto"
 MAX_LOGPROBS = 20
 MAX_BAD_WORDS = 100
+# OpenAI's fields that are not served: they are refused by name, but for a null, which asks for nothing.
+UNSUPPORTED = frozenset(
+    [
+        "annotations",
+        "audio",
+        "function_call",
+        "functions",
+        "moderation",
+        "parallel_tool_calls",
+        "prediction",
+        "reasoning_effort",
+        "refusal",
+        "suffix",
+        "tools",
+        "verbosity",
+        "web_search_options",
+    ]
+)
 
 _NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 _Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
+def _show_nulls(schema: dict[str, Any]) -> None:
+    """Says in a JSON schema that a field which may be left out may be null as well."""
+    for name, field in schema.get("properties", {}).items():
+        if name not in schema.get("required", []) and {"type": "null"} not in field.get("anyOf", []):
+            kind = {key: field.pop(key) for key in list(field) if key not in ("title", "description", "default")}
+            field["anyOf"] = [*kind.pop("anyOf", [kind]), {"type": "null"}]
+
+
 class _Request(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, json_schema_extra=_show_nulls)
 
     @model_validator(mode="before")
     @classmethod
     def _null_is_default(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        return {name: value for name, value in values.items() if value is not None or name not in cls.model_fields}
+        nullable = cls.model_fields.keys() | UNSUPPORTED
+        return {name: value for name, value in values.items() if value is not None or name not in nullable}
 
 
 class StreamOptions(_Request):
     """What a stream carries beside text."""
 
     include_usage: bool = Field(default=False, description="end the stream with a chunk that holds the usage")
+    include_obfuscation: Literal[False] = Field(default=False, description="no padding is sent")
 
 
 class SpeculativeOptions(_Request):
@@ -51,7 +79,7 @@ class SpeculativeOptions(_Request):
 class GenerationRequest(_Request, ABC):
     """What `/v1/completions` and `/v1/chat/completions` have in common."""
 
-    model: str
+    model: str = Field(description="the target's name, or a draft's, which then answers by itself")
     temperature: float = Field(default=1.0, ge=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=-1, description="0 or -1 keeps all")
@@ -68,11 +96,12 @@ class GenerationRequest(_Request, ABC):
     stop: str | list[str] = Field(default_factory=list)
     stop_token_ids: list[int] = Field(default_factory=list)
     ignore_eos: bool = False
-    seed: int | None = Field(default=None, ge=0, lt=2**64)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
     prompt_logprobs: _NumLogprobs | None = None
     stream: bool = False
     stream_options: StreamOptions = Field(default_factory=StreamOptions)
-    user: str | None = None
+    user: str | None = Field(default=None, description="changes nothing")
+    service_tier: Literal["auto", "default"] | None = Field(default=None, description="there is one")
     speculative_decoding: SpeculativeOptions = Field(default_factory=SpeculativeOptions)
 
     @field_validator("stop", mode="after")
@@ -90,10 +119,21 @@ class GenerationRequest(_Request, ABC):
                 raise ValueError(f"expected token ids as keys, got {key[:40]!r}")
         return value
 
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> "GenerationRequest":
+        if "stream_options" in self.model_fields_set and not self.stream:
+            raise RequestError("stream_options: expected stream to be true beside it", "stream_options")
+        return self
+
     @property
     def stop_strings(self) -> list[str]:
         """The strings before which the text ends."""
         return [self.stop] if isinstance(self.stop, str) else self.stop
+
+    @property
+    def has_usage(self) -> bool:
+        """Whether a stream ends with the usage."""
+        return self.stream and self.stream_options.include_usage
 
     @property
     @abstractmethod
@@ -113,6 +153,13 @@ class CompletionRequest(GenerationRequest):
     max_tokens: int = Field(default=16, ge=0)
     logprobs: _NumLogprobs | None = None
     echo: bool = False
+    best_of: int | None = Field(default=None, ge=1, description="as many as n: all that is generated is answered")
+
+    @model_validator(mode="after")
+    def _check_best_of(self) -> "CompletionRequest":
+        if self.best_of not in (None, self.n):
+            raise RequestError(f"best_of: expected as many as n, {self.n}, got {self.best_of}", "best_of")
+        return self
 
     @model_validator(mode="after")
     def _check_max_tokens(self) -> "CompletionRequest":
@@ -138,17 +185,34 @@ class TextPart(_Request):
     text: str
 
 
+class FunctionCall(_Request):
+    """What the assistant called."""
+
+    name: str
+    arguments: str = Field(description="a JSON object")
+
+
+class ToolCall(_Request):
+    """A call in an earlier answer of the assistant."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
 class Message(_Request):
     """One turn of a conversation."""
 
-    role: Literal["system", "user", "assistant"]
-    content: str | list[TextPart]
-    name: str | None = None
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = Field(default=None, description="is shown to the chat template")
+    tool_calls: list[ToolCall] | None = Field(default=None, min_length=1)
+    tool_call_id: str | None = None
 
     @property
     def text(self) -> str:
         """The content's text."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return "".join(part.text for part in self.content) if isinstance(self.content, list) else self.content or ""
 
 
 class ChatRequest(GenerationRequest):
@@ -158,11 +222,25 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool = False
     top_logprobs: _NumLogprobs | None = None
+    store: Literal[False] = Field(default=False, description="nothing is stored")
+    metadata: Annotated[dict[str, str], Field(max_length=0)] = Field(
+        default_factory=dict, description="of what is stored: there is nothing"
+    )
+    modalities: list[Literal["text"]] | None = Field(default=None, min_length=1, max_length=1)
+    tool_choice: Literal["none"] = Field(default="none", description="no tool is ever called")
+    safety_identifier: str | None = Field(default=None, description="changes nothing")
+    prompt_cache_key: str | None = Field(default=None, description="changes nothing: every known prefix is found")
 
     @model_validator(mode="after")
     def _check_top_logprobs(self) -> "ChatRequest":
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError("top_logprobs: expected logprobs to be true beside it", "top_logprobs")
+        return self
+
+    @model_validator(mode="after")
+    def _check_max_tokens(self) -> "ChatRequest":
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise RequestError("max_completion_tokens: expected no other max_tokens beside it", "max_completion_tokens")
         return self
 
     @property
@@ -171,12 +249,19 @@ class ChatRequest(GenerationRequest):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
+class PromptDetails(BaseModel):
+    """What is to be known of a prompt's tokens."""
+
+    cached_tokens: int = Field(description="those of a prefix that was computed for another request")
+
+
 class Usage(BaseModel):
     """How many tokens a request took."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptDetails
 
 
 class RoutingFigures(BaseModel):
@@ -227,8 +312,8 @@ class ModelCard(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "specdecode"
-    max_model_len: int
-    drafts: list[str]
+    max_model_len: int | None = Field(description="the longest prompt and answer in tokens; null while the model is loading")
+    drafts: list[str] = Field(description="who may draft for it")
 
 
 class ModelList(BaseModel):

@@ -3,18 +3,17 @@
 import asyncio
 import logging
 import os
-import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from serve.config import DraftConfig, DraftModelConfig, ExchangeConfig, NgramConfig, TargetConfig
-from serve.draft import cache_fault, model_drafter
+from serve.draft import cache_fault, model_drafter, plain_engine, replica_id
+from serve.generation import Generation, Item, TargetInfo, answer
 from serve.lease import LeaseKeeper
 from serve.log import begin_log
 from serve.metrics import Metrics, TargetMetrics
@@ -24,80 +23,12 @@ from specdecode.backends.backend import ModelBackend, open_model
 from specdecode.backends.huggingface import HuggingFaceBackend
 from specdecode.decoding.drafters import ChainDrafter, Drafter, PromptLookupDrafter, RoutedDrafter
 from specdecode.decoding.engine import Engine
-from specdecode.decoding.sequence import Round, Route, SamplingParams, Sequence, TokenLogprob
 from specdecode.exchange.messages import ModelTokens
 from specdecode.exchange.remote import RemoteDrafter
 from specdecode.routing.scoring import Budget, read_within
 from specdecode.text import Tokenizer
 
 logger = logging.getLogger("ray.serve")
-
-
-# An item of a stream must stay far below the 4 MiB that gRPC takes; this many tokens' log-probabilities are about 0.5 MiB.
-_MAX_PROMPT_LOGPROBS = 1024
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What a target is asked to do.
-
-    Attributes:
-        tokens: the prompt, and what was generated of the answer already.
-        params: how to sample.
-        route: which draft guesses.
-        id: names the generation in the log.
-        num_prompt_tokens: how many of `tokens` are the prompt; 0 for all.
-        seed: for the random numbers, where `params` leave it open. Not in `params`: a seed there is a promise of the same
-            answer again, for which drafts keep their full length.
-    """
-
-    tokens: list[int]
-    params: SamplingParams
-    route: Route
-    id: str = ""
-    num_prompt_tokens: int = 0
-    seed: int | None = None
-
-    def sequence(self) -> Sequence:
-        """The sequence to decode; its id is unique, whoever uses the generation's id again."""
-        id = f"{self.id}/{secrets.token_hex(4)}"
-        sequence = Sequence(self.tokens, self.params, self.route, id=id, num_prompt_tokens=self.num_prompt_tokens)
-        if self.params.seed is None and self.seed is not None:
-            sequence.seed = self.seed
-        return sequence
-
-    def continued(self, tokens: list[int], *, has_prompt_logprobs: bool) -> "Generation":
-        """The same after some of it is done: `tokens` were generated, and the prompt's log-probabilities perhaps reported."""
-        if not tokens:
-            return self
-        params = replace(self.params, prompt_logprobs=None) if has_prompt_logprobs else self.params
-        num_prompt_tokens = self.num_prompt_tokens or len(self.tokens)
-        return replace(self, tokens=self.tokens + tokens, params=params, num_prompt_tokens=num_prompt_tokens)
-
-
-@dataclass(frozen=True)
-class Admission:
-    """The first item of a stream: the engine of this replica has taken the generation on."""
-
-    replica_id: str
-
-
-@dataclass(frozen=True)
-class PromptLogprobs:
-    """Log-probabilities of the next of a prompt's tokens; those of the first round come before it, in parts."""
-
-    values: list[TokenLogprob]
-
-
-Item = Admission | PromptLogprobs | list[Round]
-
-
-@dataclass(frozen=True)
-class TargetInfo:
-    """What the router must know of the target."""
-
-    max_length: int
-    vocab_size: int
 
 
 @dataclass(frozen=True)
@@ -148,6 +79,8 @@ class TargetServer:
         self._keepers: list[asyncio.Task[None]] = []
         self._remote: dict[str, RemoteDrafter] = {}
         self._readers: dict[str, _Read] = {}
+        self._local: dict[str, ModelBackend] = {}
+        self._plain: dict[str, EngineThread] = {}  # of local drafts that were asked to answer by themselves
         drafters = {name: self._drafter(name, draft, handles) for name, draft in drafts.items()}
         metrics = Metrics()
         observe = TargetMetrics(metrics, list(self._remote.values()), config.max_rows).observe
@@ -157,8 +90,9 @@ class TargetServer:
             ranks.end_if_lost if ranks else None,
             stream_interval_s=config.stream_interval_s,
         )
+        self._stream_interval_s = config.stream_interval_s
         self._exporting = asyncio.create_task(metrics.keep_exporting())
-        self._replica_id = _replica_id()
+        self._replica_id = replica_id()
         self._watch = asyncio.create_task(ranks.watch()) if ranks else None
 
     def _drafter(self, name: str, draft: DraftConfig, handles: dict[str, DeploymentHandle]) -> Drafter:
@@ -171,7 +105,7 @@ class TargetServer:
     def _model_drafter(self, name: str, draft: DraftModelConfig, handles: dict[str, DeploymentHandle]) -> Drafter:
         target = ModelTokens.of(self._backend)
         if not draft.is_deployed:
-            backend = open_model(draft.model_config_only())
+            backend = self._local[name] = open_model(draft.model_config_only())
             if draft.idle_share and backend.vocabulary_id == target.vocabulary_id:
                 self._readers[name] = self._reader(draft, backend)
             return model_drafter(backend, draft, target)
@@ -183,31 +117,31 @@ class TargetServer:
         self._keepers.append(asyncio.create_task(keeper.keep()))
         return drafter
 
-    async def describe(self) -> TargetInfo:
-        """What the router must know."""
-        return TargetInfo(self._backend.max_length, self._backend.vocab_size)
+    async def describe(self, model: str | None = None) -> TargetInfo:
+        """What the router must know of the target, or of a local draft."""
+        backend = self._backend if model is None else self._local[model]
+        return TargetInfo(backend.max_length, backend.vocab_size)
 
     async def generate(self, generation: Generation) -> AsyncIterator[Item]:
-        """Streams one generation: an `Admission`, then all rounds that are ready at a time; to stop listening cancels it.
-
-        Raises:
-            RequestError: the prompt does not fit.
-            OverloadedError: the queue is full.
-        """
-        async with aclosing(self._worker.stream(generation.sequence())) as stream:
-            async for rounds in stream:
-                if not rounds:
-                    yield Admission(self._replica_id)
-                    continue
-                for part in _prompt_logprobs(rounds[0]):
-                    yield part
-                yield [replace(rounds[0], prompt_logprobs=None), *rounds[1:]]
+        """Streams one generation of the target, or of a local draft by itself; see `answer`."""
+        async with aclosing(answer(self._worker_of(generation.model), generation, self._replica_id)) as items:
+            async for item in items:
+                yield item
 
     async def score(self, tokens: list[int], num_prompt_tokens: int, drafts: list[str]) -> dict[str, tuple[int, int]]:
         """Has drafts read an answer that others drafted, those of them that are idle; see `scoring.first_choices`."""
         reading = [name for name in drafts if name in self._readers]
         found = await asyncio.gather(*(self._readers[name](tokens, num_prompt_tokens) for name in reading))
         return {name: scores for name, scores in zip(reading, found, strict=True) if scores}
+
+    def _worker_of(self, model: str | None) -> EngineThread:
+        """Whoever decodes with a model: the target's engine, or one of a draft alone."""
+        if model is None:
+            return self._worker
+        if model not in self._plain:
+            backend = self._local[model]
+            self._plain[model] = EngineThread(plain_engine(backend), stream_interval_s=self._stream_interval_s)
+        return self._plain[model]
 
     def _reader(self, draft: DraftModelConfig, where: DeploymentHandle | ModelBackend) -> "_Read":
         """Who reads for a draft: its deployment, or the engine's thread while nothing is decoded."""
@@ -241,28 +175,13 @@ class TargetServer:
 
     async def check_health(self) -> None:
         """Raises if the engine's thread is gone, upon which Serve replaces the replica."""
-        self._worker.check()
+        for worker in (self._worker, *self._plain.values()):
+            worker.check()
 
 
 _Read = Callable[[list[int], int], Awaitable[tuple[int, int] | None]]
 
 
-def _prompt_logprobs(round: Round) -> Iterator[PromptLogprobs]:
-    """A round's log-probabilities of the prompt, in parts."""
-    values = round.prompt_logprobs
-    if values is not None:
-        for start in range(0, max(1, len(values)), _MAX_PROMPT_LOGPROBS):
-            yield PromptLogprobs(values[start : start + _MAX_PROMPT_LOGPROBS])
-
-
 def _remembered(backend: ModelBackend) -> set[str]:
     """The sequences that have a row in the backend's cache."""
     return {row.id for row in backend.cache.rows if row.id} if isinstance(backend, HuggingFaceBackend) else set()
-
-
-def _replica_id() -> str:
-    """The name that Serve gives this replica; none outside of Serve."""
-    try:
-        return serve.get_replica_context().replica_id.unique_id
-    except RayServeException:
-        return ""

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import takewhile
@@ -77,6 +78,10 @@ class Tokenizer:
         except Exception as error:  # a template is a program of its own and raises what it likes
             raise RequestError(f"messages: {' '.join(str(error).split())}", param="messages") from error
         return encoded["input_ids"]
+
+    def has_role(self, role: str) -> bool:
+        """Whether the chat template names a role, as one does that treats it in a way of its own."""
+        return re.search(rf"""["']{role}["']""", str(self._tokenizer.chat_template)) is not None
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Turns ids into text, without special tokens."""

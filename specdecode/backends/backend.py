@@ -61,6 +61,10 @@ class ModelBackend(Protocol):
         """
         ...
 
+    def num_remembered(self, tokens: list[int]) -> int:
+        """How many leading tokens of a new sequence need not be computed, as things stand."""
+        ...
+
 
 class ModelConfig(StrictModel):
     """How a model is opened."""

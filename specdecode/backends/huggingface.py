@@ -1,5 +1,6 @@
 """Any transformers causal language model: a ragged batch of tokens in, logits out, one forward pass."""
 
+import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cached_property
@@ -77,6 +78,7 @@ class HuggingFaceBackend:
         self._hidden = torch.full_like(self._shown, torch.finfo(self.model.dtype).min)
         self._places = torch.arange(self.max_length, device=self.device)
         self._prefill_chunk = prefill_chunk
+        self._lock = threading.Lock()  # a draft drafts on one thread and answers on another
         self.cache = RowCache(text_config.num_hidden_layers, max_rows, self.max_length)
         if preallocate:
             self._preallocate()
@@ -91,9 +93,14 @@ class HuggingFaceBackend:
 
     @torch.inference_mode()
     def logits(self, rows: Sequence[Row]) -> torch.Tensor:
-        """Scores the rows, computing only what the cache does not remember; see `ModelBackend.logits`."""
-        with self._ranks.step(rows) if self._ranks else nullcontext():
+        """Scores the rows, computing only what the cache does not remember; see `ModelBackend.logits`. For any thread."""
+        with self._lock, self._ranks.step(rows) if self._ranks else nullcontext():
             return self._logits(rows)
+
+    def num_remembered(self, tokens: list[int]) -> int:
+        """Counts the leading tokens that a row of the cache holds; see `ModelBackend.num_remembered`."""
+        with self._lock:
+            return self.cache.longest_prefix(tokens)
 
     @torch.inference_mode()
     def follow(self) -> None:
@@ -106,6 +113,11 @@ class HuggingFaceBackend:
         """Raises a `ModelError` if a pass has failed that other processes took part in; the model is then of no more use."""
         if self._ranks:
             self._ranks.check()
+
+    def check_cache(self) -> None:
+        """Asserts that the cache agrees with itself."""
+        with self._lock:
+            self.cache.check()
 
     def close(self) -> None:
         """Lets the other processes of the model end."""

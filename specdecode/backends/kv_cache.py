@@ -88,6 +88,10 @@ class RowCache(Cache):
         numbers = [places[id] for id in ids]
         return numbers if _is_range(numbers) else self._compact(numbers)
 
+    def longest_prefix(self, tokens: list[int]) -> int:
+        """Counts the leading `tokens` that some row holds, with which a new sequence would start."""
+        return max((common_prefix_length(memo.tokens, tokens) for memo in self.rows), default=0)
+
     def remembered(self, row: int, tokens: list[int]) -> int:
         """Counts the leading `tokens` whose keys and values the row holds, and forgets whatever else it holds."""
         memo = self.rows[row]

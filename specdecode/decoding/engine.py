@@ -120,8 +120,10 @@ class Engine:
         budget = self.config.prefill_chunk
         while self._prefilling and budget > 0:
             sequence, start = self._prefilling.popleft()
+            if start == 0 and sequence.params.prompt_logprobs is None:
+                start = sequence.num_cached = min(self.target.num_remembered(sequence.tokens), len(sequence.tokens) - 1)
             end = min(start + budget, len(sequence.tokens) - 1)  # a round scores the last token
-            if end > start:
+            if end:  # where all of it is remembered this takes the row
                 prefill(sequence, self.target, start, end)
             budget -= end - start
             if end == len(sequence.tokens) - 1:

@@ -226,6 +226,7 @@ def _extend(
         logprobs=None if raw is None else token_logprobs(raw[: len(tokens)], tokens, sequence.params.logprobs or 0),
         prompt_logprobs=sequence.prompt_logprobs if is_first and sequence.params.prompt_logprobs is not None else None,
         drafter=sequence.route.drafter if draft.tokens else None,
+        num_cached=sequence.num_cached if is_first else 0,
     )
 
 

@@ -43,6 +43,7 @@ class DecodingMetrics:
         num_drafted: tokens drafted.
         num_accepted: drafted tokens that stand in the output.
         num_generated: tokens in the output.
+        num_cached: tokens of prompts that need not be computed, since an engine remembered them.
         num_drafted_at: for each position of a draft, how often something was drafted there.
         num_accepted_at: for each position of a draft, how often what was drafted there stands in the output.
         verdicts: what became of each drafter's tokens.
@@ -57,6 +58,7 @@ class DecodingMetrics:
     num_drafted: int = 0
     num_accepted: int = 0
     num_generated: int = 0
+    num_cached: int = 0
     num_drafted_at: list[int] = field(default_factory=list)
     num_accepted_at: list[int] = field(default_factory=list)
     verdicts: dict[str, "Verdicts"] = field(default_factory=dict)
@@ -78,6 +80,7 @@ class DecodingMetrics:
         self.num_drafted += round.num_drafted
         self.num_accepted += round.num_accepted
         self.num_generated += len(round.tokens)
+        self.num_cached += round.num_cached
         _count_up_to(self.num_drafted_at, round.num_drafted)
         _count_up_to(self.num_accepted_at, round.num_accepted)
         self.draft_time_s += round.draft_time_s

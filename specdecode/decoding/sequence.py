@@ -248,6 +248,7 @@ class Round:
         logprobs: of `tokens`, if they were asked for.
         prompt_logprobs: of the prompt's tokens but the first, in a sequence's first round, if they were asked for.
         drafter: who drafted, None where nothing was.
+        num_cached: how many of the prompt's tokens need not be computed, in a sequence's first round.
     """
 
     tokens: list[int]
@@ -259,6 +260,7 @@ class Round:
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob] | None = None
     drafter: str | None = None
+    num_cached: int = 0
 
 
 class TokenCounts:
@@ -315,6 +317,7 @@ class Sequence:
         k: how many tokens to draft in the next round; `route.k` unless someone chooses.
         seed: the seed that random numbers depend on; `params.seed` if that is given.
         prompt_logprobs: of the prompt's tokens but the first, as far as they are computed.
+        num_cached: how many of the prompt's tokens were remembered when it was begun.
     """
 
     tokens: list[int]
@@ -326,6 +329,7 @@ class Sequence:
     k: int = field(init=False)
     seed: int = field(init=False)
     prompt_logprobs: list[TokenLogprob] = field(init=False, default_factory=list)
+    num_cached: int = field(init=False, default=0)
     _counts: TokenCounts | None = field(init=False, default=None, repr=False)
 
     def __post_init__(self) -> None:

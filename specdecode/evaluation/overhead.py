@@ -141,6 +141,10 @@ class Timed:
         self._end()
         return logits
 
+    def num_remembered(self, tokens: list[int]) -> int:
+        """See `ModelBackend.num_remembered`."""
+        return self._backend.num_remembered(tokens)
+
     def _begin(self, *_: object) -> None:
         self.total_s -= time.perf_counter()
 
@@ -167,6 +171,10 @@ class LogitsTable:
         start = self._next if self._next + count <= len(self._logits) else 0
         self._next = start + count
         return self._room[:count].copy_(self._logits[start : self._next])
+
+    def num_remembered(self, tokens: list[int]) -> int:  # noqa: ARG002
+        """See `ModelBackend.num_remembered`."""
+        return 0
 
 
 def zipf_logits(num_rows: int, vocab_size: int, exponent: float = 1.5) -> torch.Tensor:

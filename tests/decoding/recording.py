@@ -24,6 +24,9 @@ class RecordingBackend:
         self.calls.append(list(rows))
         return self._backend.logits(rows)
 
+    def num_remembered(self, tokens: list[int]) -> int:
+        return self._backend.num_remembered(tokens)
+
 
 def counting_model(vocab_size: int = 10, *, max_length: int = 1 << 20, eos_token_ids: Sequence[int] = ()) -> TableModel:
     """A model that is certain of the next number: 1 after 0, 2 after 1, and 0 after the last."""

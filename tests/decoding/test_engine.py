@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from specdecode.backends.huggingface import HuggingFaceBackend
 from specdecode.decoding.drafters import ModelDrafter, NoDrafter, RoutedDrafter
 from specdecode.decoding.engine import Engine, EngineConfig
 from specdecode.decoding.loop import speculative_decode
@@ -195,3 +196,26 @@ def test_a_resumed_sequence_goes_on_as_it_would_have(target, draft):
     list(elsewhere.run())
     assert 3 < len(streamed) < len(whole.tokens) == 33
     assert resumed.tokens == whole.tokens
+
+
+@pytest.mark.parametrize("length", [2, 40, 300])
+def test_a_known_prompt_is_not_computed_again_however_long_it_is(target_folder, length):
+    target = HuggingFaceBackend(target_folder)
+    engine = Engine(target, NoDrafter(), EngineConfig(prefill_chunk=16))
+    prompt = [number % 61 for number in range(length)]
+    found = []
+    for tokens in (prompt, prompt, [*prompt, 1, 2, 3], [60, *prompt]):
+        sequence = Sequence(tokens, SamplingParams(max_tokens=2), Route())
+        engine.submit(sequence)
+        rounds = [round for _, round in engine.run()]
+        found.append([round.num_cached for round in rounds])
+        assert sequence.tokens == tokens_alone(Sequence(tokens, sequence.params), HuggingFaceBackend(target_folder), None)
+    assert found == [[0, 0], [length - 1, 0], [length, 0], [0, 0]]
+
+
+def test_a_prompt_whose_logprobs_are_asked_for_is_computed_whole(target_folder):
+    engine = Engine(HuggingFaceBackend(target_folder), NoDrafter())
+    for _ in range(2):
+        engine.submit(Sequence([1, 2, 3, 4], SamplingParams(max_tokens=1, prompt_logprobs=0)))
+        [(_, round)] = list(engine.run())
+        assert (round.num_cached, len(round.prompt_logprobs)) == (0, 3)

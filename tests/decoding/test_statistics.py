@@ -39,6 +39,9 @@ class Remembering:
             self._known.update(zip(part, logits, strict=True))
         return torch.stack([self._known[tokens] for tokens in wanted])
 
+    def num_remembered(self, tokens: list[int]) -> int:
+        return self._backend.num_remembered(tokens)
+
 
 @pytest.fixture(scope="module")
 def models() -> tuple[Remembering, Remembering]:

@@ -9,9 +9,9 @@ import httpx
 
 from serve.canary import CanaryConfig
 from serve.config import RouterConfig
+from serve.generation import Admission, Generation, Item, TargetInfo
 from serve.reader import Defaults
 from serve.router import Router
-from serve.target import Admission, Generation, Item, TargetInfo
 from specdecode.decoding.sequence import Round, Route
 from specdecode.routing.router import RoutingConfig
 
@@ -78,7 +78,7 @@ class _Describe:
     def __init__(self, is_loaded: bool) -> None:
         self._is_loaded = is_loaded
 
-    async def remote(self) -> TargetInfo:
+    async def remote(self, model: str | None = None) -> TargetInfo:  # noqa: ARG002
         if not self._is_loaded:
             await asyncio.sleep(60)
         return TargetInfo(2048, 4096)

@@ -1,6 +1,7 @@
 """With keys configured the door is shut to everybody else, and the keys are nowhere to be read; and requests have names."""
 
 import asyncio
+import hashlib
 import logging
 import subprocess
 import sys
@@ -14,10 +15,10 @@ from openai import AsyncOpenAI, AuthenticationError
 
 from serve.config import RouterConfig
 from serve.errors import ApiKeyError
+from serve.generation import TargetInfo
 from serve.keys import ApiKeys
 from serve.reader import Defaults, Reader
 from serve.schema import ChatRequest, CompletionRequest
-from serve.target import TargetInfo
 from specdecode.decoding.sequence import Route
 from specdecode.errors import ConfigError, RequestError
 from specdecode.text import Tokenizer
@@ -45,6 +46,17 @@ def test_keys_come_from_a_file_and_from_the_environment(key_file: str) -> None:
         keys.check(f"Bearer {key}")
         keys.check(f"bearer {key} ")
     assert len(keys.digests) == 3
+
+
+def test_a_source_may_hold_digests_in_place_of_keys(tmp_path: Path) -> None:
+    file = tmp_path / "digests.txt"
+    digest = hashlib.sha256(KEY.encode()).hexdigest()
+    file.write_text(f"sha256:{digest}\n")
+    keys = ApiKeys.load(RouterConfig(api_keys_file=str(file)), {})
+    keys.check(f"Bearer {KEY}")
+    for wrong in (digest, f"sha256:{digest}", OTHER):
+        with pytest.raises(ApiKeyError):
+            keys.check(f"Bearer {wrong}")
 
 
 def test_without_a_source_the_door_is_open() -> None:

@@ -37,9 +37,11 @@ BAD_COMPLETIONS = [
     ({"temperature": 1e300}, 400, "temperature"),
     ({"n": 0}, 400, "n"),
     ({"n": 1000}, 400, "n"),
-    ({"seed": -1}, 400, "seed"),
+    ({"seed": -(2**63) - 1}, 400, "seed"),
     ({"stop": [""]}, 400, "stop"),
     ({"unknown": 1}, 400, "unknown"),
+    ({"unknown": None}, 400, "unknown"),
+    ({"stream_options": {}}, 400, "stream_options"),
     ({"echo": 1}, 400, "echo"),
     ({"min_p": 1.5}, 400, "min_p"),
     ({"repetition_penalty": 0}, 400, "repetition_penalty"),
@@ -82,6 +84,8 @@ BAD_CHATS = [
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({"max_tokens": 0}, "max_tokens"),
     ({"echo": True}, "echo"),
+    ({"messages": [{"role": "assistant", "tool_calls": []}]}, "messages.0.tool_calls"),
+    ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}]}, "messages.1.content"),
 ]
 
 

@@ -41,6 +41,7 @@ MISTAKES = {
     "too few rows": (lambda _, args: args["target"].update(max_rows=4), "max_rows: expected more than"),
     "negative k": (lambda _, args: args.update(k=-1), "k: input should be greater than or equal to 0, got -1"),
     "draft called none": (lambda _, args: args["drafts"].update(none=args["drafts"]["code"]), "drafts: none is how"),
+    "draft called as the target": (lambda _, args: args.update(served_model_name="code"), "drafts: code is the target's name"),
     "unknown verifier": (lambda _, args: args.update(verifier="x"), "verifier: input should be 'rejection', 'block' or"),
     "unknown method": (
         lambda _, args: args["drafts"].update(x={"method": "eagle"}),

@@ -5,8 +5,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
+import torch
 from openai import OpenAI
 
+from specdecode import speculative_decode
+from specdecode.backends.backend import ModelBackend
 from specdecode.evaluation.prompts import Prompt
 from specdecode.text import Tokenizer
 from tests.serve.conftest import DRAFTS, Expect
@@ -121,9 +124,30 @@ def test_a_stop_string_ends_the_text_before_it(client: OpenAI, tokenizer: Tokeni
 
 
 def test_models_lists_the_model_and_its_drafts(client: OpenAI) -> None:
-    [model] = client.models.list().data
-    assert model.id == client.models.retrieve("tiny").id == "tiny"
-    assert set(model.to_dict()["drafts"]) == {*DRAFTS, "lookup"}
+    target, *drafts = client.models.list().data
+    assert target.id == client.models.retrieve("tiny").id == "tiny"
+    assert set(target.to_dict()["drafts"]) == {*DRAFTS, "lookup"}
+    assert [draft.id for draft in drafts] == list(DRAFTS)
+
+
+@pytest.mark.parametrize("draft", ["generic", "code"])
+def test_a_draft_asked_by_its_name_says_what_it_says_alone(
+    client: OpenAI, models: dict[str, ModelBackend], tokenizer: Tokenizer, draft: str
+) -> None:
+    tokens = tokenizer.encode(CODE)
+    alone, _ = speculative_decode(models[draft], None, torch.tensor([tokens]), 24)
+    answer = client.completions.create(model=draft, prompt=CODE, max_tokens=24, temperature=0)
+    assert answer.choices[0].text == tokenizer.decode(alone[0, len(tokens) :].tolist())
+
+
+def test_a_draft_goes_on_drafting_while_it_answers(client: OpenAI, tokenizer: Tokenizer, expect: Expect) -> None:
+    def ask(model: str) -> str:
+        return client.completions.create(model=model, prompt=CODE, max_tokens=24, temperature=0).choices[0].text
+
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(ask, ["generic", "tiny", "generic"] * 4))
+    assert set(answers[1::3]) == {expect(tokenizer.encode(CODE))}
+    assert len(set(answers[::3] + answers[2::3])) == 1
 
 
 def test_a_client_that_leaves_frees_its_place(http: httpx.Client) -> None:

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from serve.config import RouterConfig
+from serve.generation import TargetInfo
 from serve.reader import Defaults, Job, Reader
 from serve.schema import ChatRequest, CompletionRequest
-from serve.target import TargetInfo
 from specdecode.decoding.sequence import Route, SamplingParams
 from specdecode.errors import RequestError
 from specdecode.text import Tokenizer
@@ -94,3 +94,53 @@ def test_what_a_request_may_not_ask_for(reader: Reader, fields: dict[str, Any], 
     with pytest.raises(RequestError) as caught:
         read(reader, **fields)
     assert caught.value.param == param
+
+
+# Messages
+
+
+TOOLS = (
+    "{% for m in messages %}{{ m.role }}{% if m.role == 'tool' %}!{% endif %}"
+    "{{ m.tool_calls and m.tool_calls[0]['function'] }}\n{% endfor %}"
+)
+CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+TOLD = [
+    {"role": "developer", "content": "Use tools."},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "content": "4", "tool_call_id": "1"},
+]
+
+
+def chat(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> str:
+    reader = Reader(tokenizer, TargetInfo(2048, 4096), [], Defaults(Route(), "rejection"), RouterConfig())
+    [(generation, _)] = reader.chat(ChatRequest.model_validate({"model": "m", "messages": messages}))
+    return tokenizer.decode(generation.tokens)
+
+
+def with_template(template: str) -> Tokenizer:
+    tokenizer = Tokenizer("tiny/target")
+    tokenizer._tokenizer.chat_template = template
+    return tokenizer
+
+
+def test_a_template_that_knows_tools_is_told_of_them() -> None:
+    told = chat(with_template(TOOLS), TOLD)
+    assert "system" in told  # it does not know developers
+    assert "assistant{'name': 'add', 'arguments': {'a': 1}}" in told
+    assert "tool!" in told
+
+
+def test_developers_are_told_apart_where_the_template_does() -> None:
+    template = "{% for m in messages %}{{ 'D' if m.role == 'developer' else m.role }}{% endfor %}"
+    assert chat(with_template(template), TOLD[:1]) == "D"
+
+
+@pytest.mark.parametrize(("turn", "param"), [(1, "messages.0.tool_calls"), (2, "messages.0.role")])
+def test_tools_are_refused_by_a_template_that_knows_none(tokenizer: Tokenizer, turn: int, param: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        chat(tokenizer, [TOLD[turn]])
+    assert caught.value.param == param
+
+
+def test_a_negative_seed_is_a_seed(reader: Reader) -> None:
+    assert params(reader, seed=-1).seed == 2**64 - 1

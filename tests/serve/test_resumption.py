@@ -17,8 +17,8 @@ import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 
 from serve.errors import UnavailableError
+from serve.generation import Admission, Generation, Item, PromptLogprobs
 from serve.resumption import Failover, Resumable
-from serve.target import Admission, Generation, Item, PromptLogprobs
 from serve.worker import EngineThread
 from specdecode.backends.table import TableModel, random_table
 from specdecode.decoding.drafters import Drafter, ModelDrafter, RoutedDrafter

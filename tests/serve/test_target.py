@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from serve.config import DraftModelConfig, ExchangeConfig, NgramConfig, TargetConfig
-from serve.target import Generation, TargetServer
+from serve.generation import Generation
+from serve.target import TargetServer
 from specdecode import DecodingMetrics, speculative_decode
 from specdecode.backends.backend import ModelBackend
 from specdecode.decoding.drafters import ChainDrafter, Drafter, ModelDrafter, PromptLookupDrafter
