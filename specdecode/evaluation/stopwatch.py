@@ -95,6 +95,10 @@ class WatchedModel:
         self._watch.lap(BETWEEN if self._is_hooked else self._phase)
         return logits
 
+    def num_remembered(self, tokens: list[int]) -> int:
+        """See `ModelBackend.num_remembered`."""
+        return self._backend.num_remembered(tokens)
+
     def __enter__(self) -> "WatchedModel":
         if isinstance(self._backend, HuggingFaceBackend):
             model = self._backend.model
