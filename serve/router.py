@@ -28,13 +28,13 @@ from serve.access import Access, AccessLog
 from serve.canary import CanaryConfig, with_canaries
 from serve.choice import Choice, merge
 from serve.config import RouterConfig, RouterSettings
+from serve.description import answers, cors, new_app, version
 from serve.envelope import Detail, Envelope, Head, usage
 from serve.errors import BodyLimit, UnknownModelError
 from serve.forecaster import Forecaster, Subject
 from serve.generation import Generation
 from serve.keys import ApiKeys, KeyCheck
 from serve.metrics import Metrics
-from serve.pages import answers, cors, new_app, version
 from serve.reader import Defaults, Job, Reader
 from serve.recorder import Recorder
 from serve.resumption import Failover

@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from serve.pages import version
+from serve.description import version
 from tests.serve.inprocess import BODY, FakeTarget, routed
 
 PAGE = "https://chat.example.org"
