@@ -87,7 +87,7 @@ def test_whoever_leaves_ends_both_generations() -> None:
     [
         ({"draft": "absent"}, "speculative_decoding.draft: expected one of"),
         ({"k": 99}, "speculative_decoding.K: expected at most 16, got 99"),
-        ({"max_tokens": 9000}, "the model's context is 2048 tokens"),
+        ({"max_tokens": 9000}, "this model's maximum context length is 2048 tokens"),
         ({"model": "other"}, "model 'other' is not served here"),
         ({"verifier": "no"}, "speculative_decoding.verifier: "),
     ],
