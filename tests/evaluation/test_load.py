@@ -103,7 +103,7 @@ def test_an_open_loop_counts_from_the_arrival_and_not_from_when_a_client_was_fre
 
 def test_requests_of_an_open_loop_are_sent_on_time_whether_others_are_answered_or_not(tmp_path: Path) -> None:
     with FakeEndpoint(first_s=0.4).serving() as endpoint:
-        records = load(endpoint, tmp_path, rates=[100.0], num_requests=20)
+        load(endpoint, tmp_path, rates=[100.0], num_requests=20)
     assert max(body["num_running"] for body in endpoint.heard) > 10
 
 
