@@ -344,6 +344,12 @@ def test_a_benchmark_is_run_reported_on_and_compared(capsys: pytest.CaptureFixtu
     assert main(["report", str(folder), "--json", "--no-report"]) == 0
     assert not (folder / "report.html").exists()
     assert capsys.readouterr().out.encode() == written
+    assert main(["report", str(folder), "--markdown", "--no-report"]) == 0
+    about, machine, *table = capsys.readouterr().out.split("\n\n")
+    assert about == "Target `tiny/target` on 3 questions of code, chat, at the most 8 tokens for each answer."
+    assert machine.startswith("Measured on ")
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table[0].splitlines()[2:]]
+    assert [row[1] for row in cells] == [row[1] for row in rows]
     assert main(["compare", str(folder), str(folder), "--json"]) == 0
     changes = json.loads(capsys.readouterr().out)
     assert {(change["verdict"], change["num_different"]) for change in changes} == {("no difference", 0)}

@@ -171,10 +171,19 @@ def _compare(parsed: argparse.Namespace) -> None:
     if parsed.json:
         print_json(changes)
         return
-    table = make_table((*_CELL, "speed", "verdict", "different"), f"{parsed.after} to {parsed.before}", num_left=len(_CELL))
+    table = make_table(
+        (*_CELL, "speed", "verdict", "to its baseline", "different"), f"{parsed.after} to {parsed.before}", num_left=len(_CELL)
+    )
     for change in changes:
         different = "" if change.num_different is None else str(change.num_different)
-        table.add_row(*_cell(change.cell), change.domain, interval(change.speed_up), change.verdict, different)
+        table.add_row(
+            *_cell(change.cell),
+            change.domain,
+            interval(change.speed_up),
+            change.verdict,
+            interval(change.to_baseline),
+            different,
+        )
     print_tables(table)
 
 

@@ -375,6 +375,8 @@ class Change:
         speed_up: on the questions that both runs answered.
         verdict: `faster` or `slower` where the interval excludes 1, else `no difference`.
         num_different: greedy answers that differ.
+        to_baseline: the same of the speed-ups that each run has to its own baseline, of which a machine that was slower as a
+            whole is no part; None for the baseline, or without one.
     """
 
     cell: Cell
@@ -382,6 +384,7 @@ class Change:
     speed_up: Figure
     verdict: str
     num_different: int | None
+    to_baseline: Figure | None = None
 
 
 def compare_runs(before: Iterable[Record], after: Iterable[Record]) -> list[Change]:
@@ -400,5 +403,39 @@ def compare_runs(before: Iterable[Record], after: Iterable[Record]) -> list[Chan
         if figure is not None:
             verdict = "faster" if figure.low > 1 else "slower" if figure.high < 1 else "no difference"
             different = _num_different(second[key], first[key]) if key[0].temperature == 0 else None
-            changes.append(Change(*key, figure, verdict, different))
+            relative = _relative(*(_with_plain(those, key) for those in (second, first)))
+            changes.append(Change(*key, figure, verdict, different, relative))
     return changes
+
+
+_Answers = dict[tuple[str, str, int, int], Record]
+
+
+def _with_plain(groups: dict[tuple[Cell, str], list[Record]], key: tuple[Cell, str]) -> tuple[_Answers, _Answers]:
+    """Answers of a cell and the plain ones beside them, by their questions; no plain ones for the baseline itself."""
+    cell, domain = key
+    is_plain = cell.experiment == BASELINE
+    plain = (
+        [] if is_plain else [r for (c, d), found in groups.items() if d == domain and is_baseline_of(c, cell) for r in found]
+    )
+    return {record.question: record for record in groups[key]}, {record.question: record for record in plain}
+
+
+def _relative(after: tuple[_Answers, _Answers], before: tuple[_Answers, _Answers]) -> Figure | None:
+    """The later speed-up by the earlier one, on the questions that all four have answered."""
+    four = (*after, *before)
+    shared = [question for question in four[0] if all(question in answers for answers in four)]
+    if not shared:
+        return None
+    parts: dict[tuple[str, str], np.ndarray] = {}
+    for question in shared:
+        found = np.array([value for answers in four for value in (_num_tokens(answers[question]), _seconds(answers[question]))])
+        parts[question[:2]] = parts.get(question[:2], np.zeros(8)) + found
+    sums = np.stack(list(parts.values()))
+    return _figure(_speed_ups(sums.sum(0)), _speed_ups(sums[_resamples(len(sums))].sum(1)))
+
+
+def _speed_ups(sums: np.ndarray) -> np.ndarray:
+    """Both speed-ups, [..., 2], of [..., 8] tokens and seconds of the later way and its baseline, and of the earlier ones."""
+    speeds = sums[..., 0::2] / sums[..., 1::2]  # [..., 4]
+    return speeds[..., 0::2] / speeds[..., 1::2]

@@ -188,5 +188,20 @@ def test_two_runs_differ_only_where_the_interval_says_so(change: Callable[[float
     assert {c.verdict for c in compare_runs(before, noisy)} == {"no difference"}
 
 
+def test_a_slower_machine_is_no_part_of_a_speed_up_to_its_own_baseline() -> None:
+    rng = random.Random(3)
+    before = [r for n in range(20) for r in (record("baseline", n, rng.uniform(1, 2)), drafted(n, rng.uniform(1, 2)))]
+    after = [replace(r, group_time_s=3 * r.group_time_s) for r in before]
+    plain, _, ours, _ = compare_runs(before, after)
+    assert (plain.verdict, plain.to_baseline) == ("slower", None)
+    assert ours.verdict == "slower"
+    assert ours.to_baseline is not None
+    assert (ours.to_baseline.low, ours.to_baseline.value, ours.to_baseline.high) == pytest.approx((1, 1, 1))
+    better = [replace(r, group_time_s=r.group_time_s / 2) if r.experiment != "baseline" else r for r in after]
+    found = compare_runs(before, better)[2].to_baseline
+    assert found is not None
+    assert found.value == pytest.approx(2)
+
+
 def test_runs_without_a_cell_in_common_have_nothing_to_say() -> None:
     assert compare_runs([record("baseline", 0, 1.0)], [drafted(0, 1.0)]) == []
