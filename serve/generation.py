@@ -1,11 +1,14 @@
 """What a model is asked to generate, and what streams back: ids alone. Knows no model and no HTTP."""
 
+import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
+from serve.trial import try_grammar
 from serve.worker import EngineThread
+from specdecode.decoding.constraints import bind_grammar
 from specdecode.decoding.sequence import Round, Route, SamplingParams, Sequence, TokenLogprob
 
 # An item of a stream must stay far below the 4 MiB that gRPC takes; this many tokens' log-probabilities are about 0.5 MiB.
@@ -81,10 +84,14 @@ async def answer(worker: EngineThread, generation: Generation, replica_id: str) 
     """Streams one generation: an `Admission`, then all rounds that are ready at a time; to stop listening cancels it.
 
     Raises:
-        RequestError: the prompt does not fit.
+        RequestError: the prompt does not fit, or the grammar cannot be used.
         OverloadedError: the queue is full.
     """
-    async with aclosing(worker.stream(generation.sequence())) as stream:
+    sequence = generation.sequence()
+    if sequence.params.grammar is not None:  # compiled neither on the event loop nor on the engine's thread
+        await asyncio.to_thread(try_grammar, sequence.params.grammar)
+        await asyncio.to_thread(bind_grammar, sequence, worker.target)
+    async with aclosing(worker.stream(sequence)) as stream:
         async for rounds in stream:
             if not rounds:
                 yield Admission(replica_id)

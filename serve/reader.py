@@ -134,6 +134,7 @@ class Reader:
             logit_bias={int(token): bias for token, bias in body.logit_bias.items()},
             allowed_token_ids=None if body.allowed_token_ids is None else frozenset(body.allowed_token_ids),
             bad_words_ids=tuple(self._tokenizer.spellings(body.bad_words)),
+            grammar=body.grammar,
             min_tokens=body.min_tokens,
             max_tokens=max(1, max_tokens),  # to score a prompt takes a round, and a round generates
             stop_token_ids=frozenset(body.stop_token_ids),

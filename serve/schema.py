@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from specdecode.decoding.sequence import VerifierName
 from specdecode.errors import RequestError
+from specdecode.grammar import Grammar
 
 NO_DRAFT, AUTO_DRAFT = "none", "auto"
 MAX_LOGPROBS = 20
@@ -76,6 +77,69 @@ class SpeculativeOptions(_Request):
     rounds: bool = Field(default=False, description="in a stream, say in each chunk how much of its text was drafted")
 
 
+class JsonSchemaFormat(_Request):
+    """A schema that the answer is JSON of."""
+
+    name: str = Field(pattern="^[a-zA-Z0-9_-]{1,64}$")
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool = Field(default=False, description="refuse a schema with keywords that cannot be enforced, not pass them over")
+
+
+class ResponseFormat(_Request):
+    """What an answer is: free text, any JSON object, or JSON of a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+    @property
+    def grammar(self) -> Grammar | None:
+        """The grammar of the answer; None for free text."""
+        if self.type == "json_object":
+            return Grammar.json_object("response_format")
+        if self.type == "text" or self.json_schema is None:
+            return None
+        schema = self.json_schema
+        return Grammar.json_schema(schema.schema_, is_lenient=not schema.strict, field="response_format")
+
+    @model_validator(mode="after")
+    def _has_a_schema(self) -> "ResponseFormat":
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise RequestError(
+                "response_format: expected json_schema beside type json_schema, and only there", "response_format"
+            )
+        return self
+
+
+class StructuredOutputs(_Request):
+    """What an answer is, in vLLM's words: exactly one of these."""
+
+    json_: dict[str, Any] | str | None = Field(default=None, alias="json", description="a JSON schema, which may be a string")
+    regex: str | None = None
+    choice: list[Annotated[str, Field(min_length=1)]] | None = Field(default=None, min_length=1)
+    grammar: str | None = Field(default=None, description="in llguidance's dialect of Lark")
+
+    def as_grammar(self) -> Grammar:
+        """The grammar of the answer."""
+        field = "structured_outputs"
+        if self.regex is not None:
+            return Grammar("regex", self.regex, field=field)
+        if self.choice is not None:
+            return Grammar.choice(self.choice, field)
+        if self.grammar is not None:
+            return Grammar("lark", self.grammar, field=field)
+        if isinstance(self.json_, str):
+            return Grammar("json_schema", self.json_, field=field)
+        return Grammar.json_schema(self.json_ or {}, field=field)
+
+    @model_validator(mode="after")
+    def _is_one(self) -> "StructuredOutputs":
+        if len(self.model_fields_set) != 1:
+            expected = "structured_outputs: expected exactly one of json, regex, choice and grammar"
+            raise RequestError(expected, "structured_outputs")
+        return self
+
+
 class GenerationRequest(_Request, ABC):
     """What `/v1/completions` and `/v1/chat/completions` have in common."""
 
@@ -100,6 +164,8 @@ class GenerationRequest(_Request, ABC):
     prompt_logprobs: _NumLogprobs | None = None
     stream: bool = False
     stream_options: StreamOptions = Field(default_factory=StreamOptions)
+    response_format: ResponseFormat = Field(default_factory=lambda: ResponseFormat(type="text"))
+    structured_outputs: StructuredOutputs | None = None
     user: str | None = Field(default=None, description="changes nothing")
     service_tier: Literal["auto", "default"] | None = Field(default=None, description="there is one")
     speculative_decoding: SpeculativeOptions = Field(default_factory=SpeculativeOptions)
@@ -124,6 +190,17 @@ class GenerationRequest(_Request, ABC):
         if "stream_options" in self.model_fields_set and not self.stream:
             raise RequestError("stream_options: expected stream to be true beside it", "stream_options")
         return self
+
+    @model_validator(mode="after")
+    def _has_one_grammar(self) -> "GenerationRequest":
+        if self.structured_outputs is not None and self.response_format.type != "text":
+            raise RequestError("structured_outputs: expected no response_format beside it", "structured_outputs")
+        return self
+
+    @property
+    def grammar(self) -> Grammar | None:
+        """What constrains the answer."""
+        return self.response_format.grammar if self.structured_outputs is None else self.structured_outputs.as_grammar()
 
     @property
     def stop_strings(self) -> list[str]:

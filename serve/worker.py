@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import TypeVar
 
+from specdecode.backends.backend import ModelBackend
 from specdecode.decoding.engine import Engine
 from specdecode.decoding.sequence import Round, Sequence
 
@@ -60,6 +61,11 @@ class EngineThread:
         finally:
             del self._streams[sequence]
             self._orders.put(partial(self._cancel, sequence))
+
+    @property
+    def target(self) -> ModelBackend:
+        """The engine's model."""
+        return self._engine.target
 
     @property
     def num_streams(self) -> int:

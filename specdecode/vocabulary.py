@@ -29,6 +29,15 @@ class HasTokens(HasVocabulary, Protocol):
         ...
 
 
+class HasTokensAndEnds(HasTokens, Protocol):
+    """A model's vocabulary, and the tokens that end a generation."""
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """The model's own end tokens."""
+        ...
+
+
 class Translation(Protocol):
     """How a draft's token ids and a target's stand to each other."""
 

@@ -21,16 +21,17 @@ LAYERS = {
     "specdecode.text": 2,
     "specdecode.vocabulary": 3,
     "specdecode.backends": 3,
-    "specdecode.decoding": 4,
-    "specdecode.exchange": 5,
-    "specdecode.training": 6,
-    "specdecode.routing": 6,
-    "specdecode": 6,  # the public names, in specdecode/__init__.py alone
-    "specdecode.evaluation": 7,
-    "specdecode.commands": 8,
-    "serve": 8,
-    "specdecode.cli": 9,
-    "jobs": 9,
+    "specdecode.grammar": 4,
+    "specdecode.decoding": 5,
+    "specdecode.exchange": 6,
+    "specdecode.training": 7,
+    "specdecode.routing": 7,
+    "specdecode": 7,  # the public names, in specdecode/__init__.py alone
+    "specdecode.evaluation": 8,
+    "specdecode.commands": 9,
+    "serve": 9,
+    "specdecode.cli": 10,
+    "jobs": 10,
 }
 EDGE_ONLY = {"ray", "fastapi", "starlette", "uvicorn"}
 MODULES = sorted(path for folder in ("specdecode", "serve", "jobs") for path in (ROOT / folder).rglob("*.py"))

@@ -1,7 +1,7 @@
 """Logits in; the same logits, changed as the request and the tokens so far demand, out.
 
-Every change touches a few entries of each row, so that the cost grows with the tokens of a sequence and not with the
-vocabulary. Tokens that the model at hand does not have, as a draft may lack some of the target's, are passed over.
+Every change but a grammar's touches a few entries of each row, so that the cost grows with the tokens of a sequence and not
+with the vocabulary. Tokens that the model at hand does not have, as a draft may lack some of the target's, are passed over.
 """
 
 from collections.abc import Iterable, Iterator
@@ -11,7 +11,9 @@ import numpy as np
 import torch
 
 from specdecode.decoding.sequence import SamplingParams, Sequence
-from specdecode.errors import RequestError
+from specdecode.errors import ModelError, RequestError
+from specdecode.grammar import Grammars
+from specdecode.vocabulary import HasTokensAndEnds
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Scored:
 
 
 def constrain(logits: torch.Tensor, scored: list[Scored], eos_token_ids: frozenset[int]) -> None:
-    """Applies allowed and bad tokens, `min_tokens`, the logit bias and the penalties, in place.
+    """Applies the grammar, allowed and bad tokens, `min_tokens`, the logit bias and the penalties, in place.
 
     Args:
         logits: [sum(num_scored), vocab].
@@ -49,6 +51,9 @@ def constrain(logits: torch.Tensor, scored: list[Scored], eos_token_ids: frozens
     first = 0
     for part in scored:
         params, rows = part.sequence.params, slice(first, first + part.num_scored)
+        for row, mask in _grammatical(part, eos_token_ids):
+            forbidden = torch.from_numpy(~mask[: logits.shape[1]]).to(logits.device)
+            logits[first + row].masked_fill_(forbidden, -torch.inf)
         if params.allowed_token_ids is not None:
             _allow(logits[rows], params.allowed_token_ids)
         for row, token in _bans(part, eos_token_ids):
@@ -81,6 +86,36 @@ def check_constraints(params: SamplingParams, vocab_size: int, eos_token_ids: fr
     if all(token in banned for token in allowed):
         name = "bad_words_ids" if params.bad_words_ids else "min_tokens"
         raise RequestError(f"{name}: together with allowed_token_ids, no token may be left to generate", param=name)
+
+
+def bind_grammar(sequence: Sequence, model: HasTokensAndEnds) -> None:
+    """Gives a sequence that has a grammar, and nobody yet who follows it, a matcher for the model's tokens.
+
+    Raises:
+        RequestError: the grammar cannot be used.
+    """
+    grammar = sequence.params.grammar
+    if grammar is None or sequence.matcher is not None:
+        return
+    try:
+        grammars = Grammars.of(model.name, model.vocab_size, model.eos_token_ids)
+    except ModelError as error:
+        raise RequestError(f"{grammar.field}: {error}", grammar.field) from error
+    sequence.matcher = grammars.matcher(grammar)
+
+
+def _grammatical(part: Scored, eos_token_ids: frozenset[int]) -> Iterator[tuple[int, np.ndarray]]:
+    """The tokens that the grammar allows, [vocab], in each row but those that no answer comes to."""
+    if part.sequence.matcher is None:
+        return
+    is_text = part.sequence.matcher.is_text
+    ends = [token for token in part.sequence.params.end_token_ids(eos_token_ids) if not is_text[token]]
+    for row in range(part.num_scored):
+        allowed = part.sequence.allowed_after(part.drafted[: len(part.drafted) + 1 - part.num_scored + row])
+        if allowed is not None and not allowed.is_over:
+            mask = allowed.tokens.copy()
+            mask[ends] = allowed.may_end
+            yield row, mask
 
 
 def _allow(logits: torch.Tensor, allowed: Iterable[int]) -> None:

@@ -15,7 +15,7 @@ from specdecode.decoding.distributions import draft_distributions
 from specdecode.decoding.sampling import Purpose, sample, uniforms
 from specdecode.decoding.sequence import Draft, Sequence
 from specdecode.errors import RequestError
-from specdecode.vocabulary import HasTokens, SameVocabulary, Translation, translate
+from specdecode.vocabulary import HasTokensAndEnds, SameVocabulary, Translation, translate
 
 DEFAULT_SUPPORT = 64
 
@@ -50,15 +50,6 @@ class NoDrafter:
     def propose(self, sequences: list[Sequence]) -> list[Draft]:
         """See `Drafter.propose`."""
         return [Draft.empty() for _ in sequences]
-
-
-class HasTokensAndEnds(HasTokens, Protocol):
-    """A model's vocabulary, and the tokens that end a generation."""
-
-    @property
-    def eos_token_ids(self) -> frozenset[int]:
-        """The model's own end tokens."""
-        ...
 
 
 class ModelDrafter:
@@ -145,7 +136,9 @@ class ModelDrafter:
     def _ends(self, guess: "Guess") -> bool:
         # Only what was drafted up to here may decide, and nothing of it is taken back: q would not be what it was drawn from.
         ends = guess.sequence.params.end_token_ids(self._eos_token_ids)
-        return guess.tokens[-1] in ends or guess.confidence < self._min_confidence
+        allowed = guess.sequence.allowed_after(guess.tokens)
+        is_over = allowed is not None and allowed.is_over
+        return is_over or guess.tokens[-1] in ends or guess.confidence < self._min_confidence
 
 
 @dataclass

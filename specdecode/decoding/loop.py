@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from specdecode.backends.backend import ModelBackend, Row
-from specdecode.decoding.constraints import Scored, check_constraints
+from specdecode.decoding.constraints import Scored, bind_grammar, check_constraints
 from specdecode.decoding.control import AdaptiveLength, FixedLength, LengthPolicy
 from specdecode.decoding.distributions import Distributions
 from specdecode.decoding.drafters import Drafter, ModelDrafter, NoDrafter
@@ -36,6 +36,7 @@ def step(sequences: list[Sequence], drafter: Drafter, target: ModelBackend, verd
     started = time.perf_counter()
     drafts = drafter.propose(sequences)
     drafted = time.perf_counter()
+    assert all(s.matcher is not None or s.params.grammar is None for s in sequences)
     scored = [Scored(s, draft.context, len(draft.context) + 1) for s, draft in zip(sequences, drafts, strict=True)]
     logits = target.logits([Row(part.sequence.id, part.tokens, part.num_scored) for part in scored])  # [sum(k + 1), vocab]
     raw = _raw(logits, scored)
@@ -180,7 +181,10 @@ def as_drafter(draft: ModelBackend | Drafter | None, target: ModelBackend, **opt
 
 
 def check_sequence(sequence: Sequence, target: ModelBackend) -> None:
-    """Raises a `RequestError` unless the sequence fits the target's context and vocabulary, and can always go on."""
+    """Raises a `RequestError` unless the sequence fits the target's context and vocabulary, and can always go on.
+
+    A sequence that has a grammar is given its matcher here, unless it has one.
+    """
     length = len(sequence.tokens) + sequence.num_remaining
     if length > target.max_length:
         raise RequestError(
@@ -191,6 +195,7 @@ def check_sequence(sequence: Sequence, target: ModelBackend) -> None:
     if not 0 <= min(sequence.tokens) <= max(sequence.tokens) < target.vocab_size:
         raise RequestError(f"prompt: expected token ids in [0, {target.vocab_size})", param="prompt")
     check_constraints(sequence.params, target.vocab_size, target.eos_token_ids)
+    bind_grammar(sequence, target)
 
 
 def _raw(logits: torch.Tensor, scored: list[Scored]) -> list[torch.Tensor | None]:
@@ -236,4 +241,7 @@ def _until_stop(tokens: list[int], sequence: Sequence, target: ModelBackend) -> 
     for count, token in enumerate(tokens, start=1):
         if token in ends:
             return tokens[:count], "stop"
+        allowed = sequence.allowed_after(tokens[:count])
+        if allowed is not None and allowed.is_over:
+            return tokens[:count], "stop" if allowed.may_end else "length"
     return tokens, "length" if len(tokens) == sequence.num_remaining else None

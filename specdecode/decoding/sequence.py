@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from specdecode.errors import RequestError
+from specdecode.grammar import Allowed, Grammar, Matcher
 
 FinishReason = Literal["stop", "length"]
 # Beyond it float32 has no room for what becomes of logits, and one request would fail all those that it is decoded with.
@@ -21,8 +22,9 @@ VerifierName = Literal["rejection", "block", "coupled"]
 class SamplingParams:
     """How the next token is chosen, and when to stop.
 
-    Applied in this order, as in vLLM: allowed and bad tokens and `min_tokens`, logit bias, penalties, temperature, min_p,
-    top_k, then top_p over what is left. A token that is exactly as likely as the least likely one that is kept is kept too.
+    Applied in this order, as in vLLM: grammar, allowed and bad tokens and `min_tokens`, logit bias, penalties, temperature,
+    min_p, top_k, then top_p over what is left. A token that is exactly as likely as the least likely one that is kept is kept
+    too.
 
     Attributes:
         temperature: 0 takes the most likely token.
@@ -35,6 +37,9 @@ class SamplingParams:
         logit_bias: is added to the logits of these tokens.
         allowed_token_ids: nothing else is generated; None allows all.
         bad_words_ids: token sequences that are never generated.
+        grammar: the answer is one of its texts, or the beginning of one where `max_tokens` ends it. It ends where nothing can
+            follow; an end token may come where the text is whole. What else forbids tokens cannot stand beside it: there might
+            come a place where no token is allowed.
         min_tokens: no end token, of the model or of `stop_token_ids`, is generated before so many others.
         max_tokens: generate at the most so many tokens.
         stop_token_ids: tokens that end the generation, beside the model's own.
@@ -59,6 +64,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     allowed_token_ids: frozenset[int] | None = None
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    grammar: Grammar | None = None
     min_tokens: int = 0
     max_tokens: int = 128
     stop_token_ids: frozenset[int] = frozenset()
@@ -92,6 +98,11 @@ class SamplingParams:
         )
         _require(self.allowed_token_ids != frozenset(), "allowed_token_ids", [], "at least one token, or None for all")
         _require(all(self.bad_words_ids), "bad_words_ids", self.bad_words_ids, "sequences of at least one token")
+        if self.grammar is not None:
+            field = self.grammar.field
+            _require(self.allowed_token_ids is None, "allowed_token_ids", [...], f"None beside {field}")
+            _require(not self.bad_words_ids, "bad_words_ids", self.bad_words_ids, f"none beside {field}")
+            _require(self.min_tokens == 0, "min_tokens", self.min_tokens, f"0 beside {field}")
         _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
         _require(0 <= self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens, "at least 0, at most max_tokens")
         _require(self.seed is None or 0 <= self.seed < 2**64, "seed", self.seed, "a number in [0, 2**64)")
@@ -318,6 +329,7 @@ class Sequence:
         seed: the seed that random numbers depend on; `params.seed` if that is given.
         prompt_logprobs: of the prompt's tokens but the first, as far as they are computed.
         num_cached: how many of the prompt's tokens were remembered when it was begun.
+        matcher: follows the answer through its grammar; None if there is none, or nobody who knows the tokens' text.
     """
 
     tokens: list[int]
@@ -326,6 +338,7 @@ class Sequence:
     id: str = field(default_factory=lambda: secrets.token_hex(8))
     finish_reason: FinishReason | None = None
     num_prompt_tokens: int = 0
+    matcher: Matcher | None = field(default=None, repr=False)
     k: int = field(init=False)
     seed: int = field(init=False)
     prompt_logprobs: list[TokenLogprob] = field(init=False, default_factory=list)
@@ -354,6 +367,10 @@ class Sequence:
     def num_wanted(self) -> int:
         """How many tokens are worth drafting: a round adds one more than it accepts."""
         return min(self.k, self.num_remaining - 1)
+
+    def allowed_after(self, tokens: list[int]) -> Allowed | None:
+        """What its grammar allows after the answer so far and some more tokens; None if it has none."""
+        return None if self.matcher is None else self.matcher.allowed(self.tokens[self.num_prompt_tokens :] + tokens)
 
     @property
     def counts(self) -> TokenCounts:

@@ -263,7 +263,7 @@ def _encode_introduction(introduction: Introduction) -> bytes:
         "seed": introduction.seed,
         "params": {name: sorted(value) if isinstance(value, frozenset) else value for name, value in changed.items()},
     }
-    return json.dumps(values).encode()
+    return json.dumps(values, default=asdict).encode()  # a grammar is a dataclass
 
 
 def _decode_introduction(data: bytes) -> Introduction:

@@ -10,13 +10,16 @@ import logging
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from specdecode.backends.backend import Row
+from specdecode.decoding.constraints import bind_grammar
 from specdecode.decoding.drafters import Guess, ModelDrafter
 from specdecode.decoding.sequence import Draft, Route, Sequence
+from specdecode.errors import RequestError
 from specdecode.exchange.messages import Answer, Ask, ExchangeError, ModelTokens, Reply, Request, checksum
 
 logger = logging.getLogger("specdecode.exchange")
@@ -66,8 +69,9 @@ class SchedulerMetrics:
 class Session:
     """One target's conversation with the draft: the drafter for it, and the sequences that it told of, the last one last."""
 
-    def __init__(self, drafter: ModelDrafter, name: str) -> None:
+    def __init__(self, drafter: ModelDrafter, target: ModelTokens, name: str) -> None:
         self.drafter = drafter
+        self.target = target
         self.name = name
         self.known: OrderedDict[int, _Known] = OrderedDict()
 
@@ -118,7 +122,7 @@ class DraftScheduler:
         if target not in self._drafters:  # to compare two vocabularies takes a while
             self._drafters[target] = self._drafter_for(target)
         self._num_opened += 1
-        session = Session(self._drafters[target], str(self._num_opened))
+        session = Session(self._drafters[target], target, str(self._num_opened))
         self._sessions[session] = None
         return session
 
@@ -253,6 +257,8 @@ class _Known:
             num_prompt_tokens=about.num_prompt_tokens,
         )
         sequence.seed = about.seed
+        with suppress(RequestError):  # the target's tokenizer may not be there, without which the draft is only worse
+            bind_grammar(sequence, session.target)
         return _Known(sequence)
 
     def agrees(self, ask: Ask) -> bool:
@@ -286,7 +292,7 @@ class _Known:
     def _with(self, tokens: list[int]) -> Sequence:
         old = self.sequence
         new = Sequence(tokens, old.params, old.route, id=old.id, num_prompt_tokens=old.num_prompt_tokens)
-        new.seed, new.k = old.seed, old.k
+        new.seed, new.k, new.matcher = old.seed, old.k, old.matcher
         return new
 
 

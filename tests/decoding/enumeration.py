@@ -21,8 +21,11 @@ from specdecode.decoding.drafters import Drafter
 from specdecode.decoding.loop import step
 from specdecode.decoding.sequence import Draft, Route, SamplingParams, Sequence
 from specdecode.decoding.verification import Block, Verifier
+from specdecode.grammar import Grammars
 
 LENGTH = 3
+# What the tokens of a model of four tokens are, for those sequences that have a grammar.
+GRAMMARS = Grammars([b"a", b"b", b"ab", b""])
 
 Law = Counter[tuple[int, ...]]
 
@@ -226,11 +229,13 @@ def _distributions(target: ModelBackend, scored: list[Scored]) -> Distributions:
 
 
 def _sequence(prompt: list[int], emitted: tuple[int, ...], params: SamplingParams, route: Route | None = None) -> Sequence:
-    return Sequence(prompt + list(emitted), params, route or Route(), num_prompt_tokens=len(prompt))
+    matcher = None if params.grammar is None else GRAMMARS.matcher(params.grammar)
+    return Sequence(prompt + list(emitted), params, route or Route(), num_prompt_tokens=len(prompt), matcher=matcher)
 
 
 def _sequence_like(sequence: Sequence) -> Sequence:
-    return Sequence(sequence.tokens, sequence.params, sequence.route, num_prompt_tokens=sequence.num_prompt_tokens)
+    prompt, emitted = sequence.tokens[: sequence.num_prompt_tokens], sequence.tokens[sequence.num_prompt_tokens :]
+    return _sequence(prompt, tuple(emitted), sequence.params, sequence.route)
 
 
 def _cut(tokens: tuple[int, ...], target: ModelBackend, params: SamplingParams) -> tuple[int, ...]:
@@ -242,6 +247,8 @@ def _cut(tokens: tuple[int, ...], target: ModelBackend, params: SamplingParams) 
 
 
 def _is_finished(tokens: tuple[int, ...], target: ModelBackend, params: SamplingParams) -> bool:
+    if params.grammar is not None and GRAMMARS.matcher(params.grammar).allowed(list(tokens)).is_over:
+        return True
     return len(tokens) >= min(LENGTH, params.max_tokens) or tokens[-1:] in [
         (token,) for token in params.end_token_ids(target.eos_token_ids)
     ]

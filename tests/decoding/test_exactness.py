@@ -19,6 +19,7 @@ from specdecode.decoding.drafters import (
 )
 from specdecode.decoding.sequence import Draft, Route, SamplingParams, Sequence
 from specdecode.decoding.verification import Block, BlockVerifier, RejectionVerifier, draw
+from specdecode.grammar import Grammar
 from specdecode.vocabulary import SameVocabulary, SharedTokens
 from tests.conftest import EXACTNESS
 from tests.decoding.enumeration import coupled_laws, emitted_laws, expected_accepted, largest_difference, target_law
@@ -51,6 +52,8 @@ ALONE = [
     setting(stop_token_ids=frozenset({2})),
     setting(stop_token_ids=frozenset({2}), min_tokens=1),
     setting(max_tokens=2),
+    setting(grammar=Grammar("regex", "(ab|b)*")),
+    setting(grammar=Grammar.choice(["ab", "aba", "bb", "b"]), ignore_eos=False),
 ]
 TOGETHER = [
     setting(temperature=0.7, top_k=3, top_p=0.6),
@@ -66,6 +69,9 @@ TOGETHER = [
     setting(ignore_eos=False, min_tokens=1, repetition_penalty=1.5, top_p=0.85),
     setting(ignore_eos=False, stop_token_ids=frozenset({0}), min_tokens=2, logit_bias={0: 2.0}),
     setting(ignore_eos=False, max_tokens=2, min_tokens=2, allowed_token_ids=frozenset({0, 3}), temperature=0.5),
+    setting(grammar=Grammar("regex", "(ab|ba)+"), temperature=0.0),
+    setting(grammar=Grammar("regex", "(ab|ba)+"), temperature=0.7, top_p=0.8, ignore_eos=False),
+    setting(grammar=Grammar("regex", "(a|b)*"), stop_token_ids=frozenset({1}), repetition_penalty=1.3, min_p=0.1),
     setting(
         temperature=0.8,
         top_p=0.9,
@@ -222,14 +228,17 @@ def test_a_draft_that_takes_tokens_back_is_caught():
         emitted_laws(table(4, 0), DropsUnlikelyTokens(), VERIFIERS, prompt=PROMPT, settings=[setting()], k=1, num_choices=4)
 
 
-@pytest.mark.parametrize("blind", ["frequency_penalty", "bad_words_ids"])
-def test_constraints_that_do_not_see_drafted_tokens_are_caught(blind, monkeypatch):
+@pytest.mark.parametrize(
+    "options",
+    [{"frequency_penalty": 1.5}, {"bad_words_ids": ((1, 2), (2, 0))}, {"grammar": Grammar("regex", "(ab|ba|bbb)*")}],
+    ids=lambda options: next(iter(options)),
+)
+def test_constraints_that_do_not_see_drafted_tokens_are_caught(options, monkeypatch):
     from specdecode.decoding import constraints
 
-    params = setting(frequency_penalty=1.5) if blind == "frequency_penalty" else setting(bad_words_ids=((1, 2), (2, 0)))
-    target = table(4, 0)
+    params, target = setting(**options), table(4, 0)
     expected = target_law(target, PROMPT, params)
-    for name in ("_bans", "_penalties"):
+    for name in ("_bans", "_penalties", "_grammatical"):
         seeing = getattr(constraints, name)
         monkeypatch.setattr(constraints, name, lambda part, *rest, f=seeing: f(_blind(part), *rest))
     ((emitted,),) = emitted_laws(target, model(), [RejectionVerifier()], prompt=PROMPT, settings=[params], k=2, num_choices=4)
