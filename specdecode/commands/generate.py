@@ -4,6 +4,7 @@ import argparse
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -11,10 +12,12 @@ from pydantic import Field
 from specdecode.commands.options import Commands, add_command, add_json
 from specdecode.commands.tables import print_json
 from specdecode.config import StrictModel, check_config, read_yaml
+from specdecode.errors import ConfigError
 
 if TYPE_CHECKING:
     from specdecode.decoding.metrics import DecodingMetrics
     from specdecode.decoding.sequence import Round, SamplingParams
+    from specdecode.grammar import Grammar
     from specdecode.text import Tokenizer
 
 VerifierName = Literal["rejection", "block", "coupled"]  # of decoding.sequence, which takes seconds to import
@@ -46,6 +49,8 @@ class GenerateConfig(StrictModel):
     bad_words: list[str] = Field(default_factory=list, description="texts that are never generated")
     stop: list[str] = Field(default_factory=list, description="the answer ends before these texts")
     stop_token_ids: list[int] = Field(default_factory=list)
+    json_schema: str | None = Field(default=None, description="a file with a JSON schema, of which the answer is JSON")
+    regex: str | None = Field(default=None, description="a regular expression, which all of the answer matches")
     min_tokens: int = 0
     ignore_eos: bool = False
     seed: int | None = None
@@ -82,6 +87,8 @@ def add_generate(commands: Commands) -> None:
     generate.add_argument("--frequency-penalty", type=float, help="the same, for each time they are there (default 0)")
     generate.add_argument("--bad-words", action="append", metavar="TEXT", help="never generate this text; may be repeated")
     generate.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
+    generate.add_argument("--json-schema", metavar="FILE", help="the answer is JSON of the schema in this file")
+    generate.add_argument("--regex", metavar="PATTERN", help="all of the answer matches this regular expression")
     generate.add_argument("--min-tokens", type=int, help="generate at least so many tokens (default 0)")
     generate.add_argument("--ignore-eos", **_FLAG, help="go on after the model's end token")
     generate.add_argument("--seed", type=int, help="makes sampling repeatable")
@@ -151,7 +158,22 @@ def _sampling_params(config: GenerateConfig, tokenizer: "Tokenizer") -> "Samplin
 
     names = GenerateConfig.model_fields.keys() & SamplingParams.__dataclass_fields__.keys()
     options = {name: getattr(config, name) for name in names}
-    return SamplingParams(**options, bad_words_ids=tuple(tokenizer.spellings(config.bad_words)))
+    return SamplingParams(**options, bad_words_ids=tuple(tokenizer.spellings(config.bad_words)), grammar=_grammar(config))
+
+
+def _grammar(config: GenerateConfig) -> "Grammar | None":
+    from specdecode.grammar import Grammar
+
+    if config.json_schema is not None and config.regex is not None:
+        raise ConfigError("regex: expected no json_schema beside it")
+    if config.regex is not None:
+        return Grammar("regex", config.regex, field="regex")
+    if config.json_schema is None:
+        return None
+    try:
+        return Grammar("json_schema", Path(config.json_schema).read_text(encoding="utf-8"), field="json_schema")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"json_schema: {config.json_schema} cannot be read: {error}") from error
 
 
 def _figures(metrics: "DecodingMetrics") -> str:

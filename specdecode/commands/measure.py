@@ -67,12 +67,14 @@ def add_routing(commands: Commands) -> None:
 
 
 def _overhead(parsed: argparse.Namespace) -> None:
+    from specdecode.evaluation.mask_speed import measure_masks
     from specdecode.evaluation.overhead import OverheadConfig, measure_overhead, measure_prefix_reuse, measure_share
 
     config = optional_config(parsed, OverheadConfig)
     overhead, shares, prefixes = list(measure_overhead(config)), list(measure_share(config)), list(measure_prefix_reuse(config))
+    masks = list(measure_masks([4096, config.vocab_size], config.num_rounds))
     if parsed.json:
-        print_json({"overhead": overhead, "share": shares, "prefix_reuse": prefixes})
+        print_json({"overhead": overhead, "share": shares, "prefix_reuse": prefixes, "masks": masks})
         return
     title = f"batch {config.batch}, K {config.K}, vocabulary {config.vocab_size}: median ms of a round without forward passes"
     table = make_table(("setting", "round", "drafting", "constraints", "distributions", "acceptance", "tokens kept"), title)
@@ -88,7 +90,14 @@ def _overhead(parsed: argparse.Namespace) -> None:
     prefix = make_table(("shared with a request before", "computed", "ms"), title, num_left=0)
     for reuse in prefixes:
         prefix.add_row(str(reuse.num_shared), str(reuse.num_computed), f"{reuse.ttft_ms:.1f}")
-    print_tables(table, share, prefix)
+    times = ("vocabulary ms", "schema ms", "first answer us", "later us", "with the logits us")
+    grammar = make_table(
+        ("vocabulary", *times), "a JSON schema: once for a model, once for a schema, and at each place", num_left=0
+    )
+    for mask in masks:
+        means = (mask.prepare_ms, mask.compile_ms, mask.first_us, mask.later_us, mask.constrain_us)
+        grammar.add_row(str(mask.vocab_size), *(f"{value:.1f}" for value in means))
+    print_tables(table, share, prefix, grammar)
 
 
 def _exchange(parsed: argparse.Namespace) -> None:
