@@ -68,6 +68,24 @@ def test_generate_ends_before_a_stop_string(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out == text[: text.index(stop)] + "\n"
 
 
+def test_generate_keeps_to_a_schema_or_an_expression(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "schema.json"
+    file.write_text(json.dumps({"type": "array", "items": {"enum": ["a", 7]}, "minItems": 2, "maxItems": 2}))
+    assert generate("--draft", "tiny/draft-code", "--json-schema", str(file)) == 0
+    assert set(json.loads(capsys.readouterr().out)) <= {"a", 7}
+    assert generate("--draft", "tiny/draft-code", "--regex", "[0-9]{3}(-[a-c]){2}") == 0
+    assert re.fullmatch("[0-9]{3}(-[a-c]){2}\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    "options", [["--regex", "("], ["--json-schema", "no/such/file"], ["--regex", "a", "--json-schema", "b"]]
+)
+def test_generate_refuses_a_grammar_that_cannot_be_used(capsys: pytest.CaptureFixture[str], options: list[str]) -> None:
+    assert generate(*options) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"specdecode: {options[0].removeprefix('--').replace('-', '_')}: ")
+
+
 def test_generate_prints_several_answers(capsys: pytest.CaptureFixture[str]) -> None:
     assert generate("--draft", "tiny/draft-code", "--temperature", "1", "--seed", "3", "--n", "2") == 0
     answers = [expected(temperature=1.0, seed=seed) for seed in (3, 4)]
