@@ -10,7 +10,7 @@ from specdecode.decoding.sequence import SamplingParams
 
 COMPLETION = {"model": "m", "prompt": "a"}
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "a"}]}
-NOT_OVER_HTTP = {"bad_words_ids", "verifier"}  # called bad_words, and speculative_decoding.verifier
+NOT_OVER_HTTP = {"bad_words_ids", "grammar", "verifier"}  # which have other names there
 
 
 def test_every_sampling_parameter_is_a_field() -> None:

@@ -2,14 +2,14 @@
 
 import json
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import httpx
 import jsonschema
 import openai
 import pytest
 from openai import OpenAI
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from serve.trial import try_grammar
 from specdecode.errors import RequestError
@@ -23,7 +23,7 @@ class Order(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     size: Literal["small", "large"]
-    count: int
+    count: Annotated[int, Field(ge=0, le=99)]
     is_hot: bool
 
 
@@ -78,7 +78,7 @@ def test_the_other_formats(client: OpenAI) -> None:
 @pytest.mark.parametrize(
     ("outputs", "pattern"),
     [
-        ({"regex": "[a-c]{3}-[0-9]+!"}, "[a-c]{3}-[0-9]+!"),
+        ({"regex": "[a-c]{3}-[0-9]{1,4}!"}, "[a-c]{3}-[0-9]{1,4}!"),
         ({"choice": ["tea", "coffee, black"]}, "tea|coffee, black"),
         ({"json": {"type": "integer", "minimum": 10, "maximum": 12}}, "1[0-2]"),
         ({"json": '{"enum": ["x y"]}'}, '"x y"'),
