@@ -259,7 +259,7 @@ def test_overhead_prints_its_tables(capsys: pytest.CaptureFixture[str]) -> None:
         assert words in printed
     assert main(["overhead", "--json", *(part for value in small for part in ("--set", value))]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert set(found) == {"overhead", "share", "prefix_reuse"}
+    assert set(found) == {"overhead", "share", "prefix_reuse", "masks"}
     assert all(isinstance(row["total_ms"], float) for row in found["overhead"])
 
 

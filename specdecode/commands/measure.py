@@ -90,9 +90,9 @@ def _overhead(parsed: argparse.Namespace) -> None:
     prefix = make_table(("shared with a request before", "computed", "ms"), title, num_left=0)
     for reuse in prefixes:
         prefix.add_row(str(reuse.num_shared), str(reuse.num_computed), f"{reuse.ttft_ms:.1f}")
-    times = ("vocabulary ms", "schema ms", "first answer us", "later us", "with the logits us")
+    costs = ("vocabulary ms", "schema ms", "first answer us", "later us", "with the logits us")
     grammar = make_table(
-        ("vocabulary", *times), "a JSON schema: once for a model, once for a schema, and at each place", num_left=0
+        ("vocabulary", *costs), "a JSON schema: once for a model, once for a schema, and at each place", num_left=0
     )
     for mask in masks:
         means = (mask.prepare_ms, mask.compile_ms, mask.first_us, mask.later_us, mask.constrain_us)

@@ -57,7 +57,9 @@ def measure_masks(vocab_sizes: list[int], num_answers: int) -> Iterator[MaskRow]
         matcher = grammars.matcher(Grammar.json_schema(SCHEMA))
         compiled = time.perf_counter()
         tokens = _cut(matcher, pieces)
-        first, later, constrained = [], [], []
+        first: list[float] = []
+        later: list[float] = []
+        constrained: list[float] = []
         for number in range(1 + num_answers):
             matcher = grammars.matcher(Grammar.json_schema({**SCHEMA, "title": "new"}))  # which has not been used yet
             (later if number else first).extend(_places_s(matcher, tokens))
@@ -78,7 +80,8 @@ def made_up_pieces(size: int) -> list[bytes]:
 
 def _cut(matcher: Matcher, pieces: list[bytes]) -> list[int]:
     """The text as tokens, each the longest that fits."""
-    ids, tokens, rest = {piece: id for id, piece in enumerate(pieces)}, [], _TEXT
+    ids, rest = {piece: id for id, piece in enumerate(pieces)}, _TEXT
+    tokens: list[int] = []
     while rest:
         piece = next(rest[:length] for length in range(min(9, len(rest)), 0, -1) if rest[:length] in ids)
         assert matcher.allowed(tokens).tokens[ids[piece]]
