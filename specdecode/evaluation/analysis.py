@@ -311,8 +311,14 @@ class Routing:
 
 
 def routing(records: Several[Record], experiment: str = "adaptive_routing") -> Routing | None:
-    """Compares a router with the experiments of single drafts; None if one of either is missing."""
+    """Compares a router with the experiments of single drafts; None if one of either is missing.
+
+    Of several temperatures and verifiers it takes the lowest and plain decoding's: answers to a question are compared with each
+    other, which those of other settings are not to be mixed with.
+    """
     good = [record for record in records if record.error is None and record.batch == 1]
+    setting = min(((r.temperature, r.verifier) for r in good if r.experiment == BASELINE), default=None)
+    good = [record for record in good if (record.temperature, record.verifier) == setting]
     routed = [record for record in good if record.experiment == experiment]
     single: dict[str, list[Record]] = defaultdict(list)
     for record in good:

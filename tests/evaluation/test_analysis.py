@@ -172,6 +172,8 @@ def test_a_router_is_compared_with_the_fastest_of_each_question() -> None:
     assert found.best_single in ("none", "code", "chat")
     assert found.to_best_single.value == pytest.approx(16 / 10)
     assert routing(records[:3]) is None
+    hot = [replace(one, temperature=1.0, latency_s=10 * one.latency_s, group_time_s=one.group_time_s / 10) for one in records]
+    assert routing([*records, *hot]) == found  # answers of another setting are not compared with these
 
 
 @pytest.mark.parametrize(
