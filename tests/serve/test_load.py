@@ -24,7 +24,13 @@ def test_the_embedded_application_under_load(server_url: str, tmp_path: Path) ->
 
 
 def test_random_token_ids_are_a_prompt(server_url: str, tmp_path: Path) -> None:
-    values = {"url": f"{server_url}/v1", "random": {"min_tokens": 5, "max_tokens": 9}, "max_tokens": 4, "concurrency": [2]}
+    values = {
+        "url": f"{server_url}/v1",
+        "model": "tiny",
+        "random": {"min_tokens": 5, "max_tokens": 9},
+        "max_tokens": 4,
+        "concurrency": [2],
+    }
     options = {"ignore_eos": True, "num_requests": 3, "num_turns": 2, "output_dir": str(tmp_path)}
     run_load(check_config(values | options, LoadConfig, "test"))
     lengths = {record.num_prompt_tokens for record in read_load(tmp_path)[1]}
