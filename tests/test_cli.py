@@ -98,7 +98,7 @@ def test_config_prints_the_whole_file_and_its_memory(capsys: pytest.CaptureFixtu
     values = yaml.safe_load(printed)
     check_config(values, ServeConfig, where="printed")
     assert values["target"]["engine"]["draft_length"] == "adaptive"
-    memory = r"^# target: weights 27\.\d MB \+ cache \d+ rows x \d+ tokens x [\d.]+ KB = [\d.]+ [MG]B$"
+    memory = r"^# target: weights 27\.\d MB \+ packed 27\.\d MB \+ cache \d+ rows x \d+ tokens x [\d.]+ KB = [\d.]+ [MG]B$"
     assert re.search(memory, printed, re.M)
 
 

@@ -13,6 +13,7 @@ from specdecode.backends.backend import ModelBackend, Row, check_devices
 from specdecode.backends.kv_cache import RowCache
 from specdecode.backends.loading import eos_token_ids, load_model, mask_kinds, read_config, resolve_device, resolve_length
 from specdecode.backends.memory import readable_bytes, shape_cache
+from specdecode.backends.packing import pack
 from specdecode.backends.ranks import Ranks
 from specdecode.errors import ModelError
 from specdecode.text import Tokenizer
@@ -65,6 +66,8 @@ class HuggingFaceBackend:
             quantization=quantization,
             adapter=adapter,
         )
+        if tp == 1 and not compile:
+            pack(self.model)
         self._run = torch.compile(self.model, dynamic=True) if compile else self.model
         head = self.model.get_output_embeddings().weight
         self.vocab_size: int = head.shape[0]

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from specdecode.backends.backend import ModelConfig
 from specdecode.backends.kv_cache import RowCache
 from specdecode.backends.loading import mask_kinds, model_errors, parse_devices, read_config, resolve_dtype, resolve_length
+from specdecode.backends.packing import num_packed_bytes
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class MemoryEstimate:
         rows: how many sequences the cache remembers.
         length: the longest sequence, in tokens.
         num_kv_bytes_per_token: keys and values of one token in all layers.
+        num_packed_bytes: the copies of weights that `packing` makes.
     """
 
     num_weight_bytes: int
@@ -28,12 +30,15 @@ class MemoryEstimate:
     rows: int
     length: int
     num_kv_bytes_per_token: int
+    num_packed_bytes: int = 0
 
     def describe(self) -> str:
         """Says in one line what takes how much."""
+        packed = f" + packed {readable_bytes(self.num_packed_bytes)}" if self.num_packed_bytes else ""
+        whole = self.num_weight_bytes + self.num_packed_bytes + self.num_kv_bytes
         return (
-            f"weights {readable_bytes(self.num_weight_bytes)} + cache {self.rows} rows x {self.length} tokens x "
-            f"{readable_bytes(self.num_kv_bytes_per_token)} = {readable_bytes(self.num_weight_bytes + self.num_kv_bytes)}"
+            f"weights {readable_bytes(self.num_weight_bytes)}{packed} + cache {self.rows} rows x {self.length} tokens x "
+            f"{readable_bytes(self.num_kv_bytes_per_token)} = {readable_bytes(whole)}"
         )
 
 
@@ -50,7 +55,8 @@ def estimate_memory(config: ModelConfig) -> MemoryEstimate:
     text_config = model_config.get_text_config()
     mask_kinds(text_config, config.model)
     length = resolve_length(config.max_length, text_config, config.model)
-    dtype = resolve_dtype(config.dtype, parse_devices(config.device, config.device_map)[0])
+    device = parse_devices(config.device, config.device_map)[0]
+    dtype = resolve_dtype(config.dtype, device)
     if isinstance(dtype, str):
         dtype = model_config.dtype or text_config.dtype or torch.float32  # as transformers finds it
     with model_errors(config.model), torch.device("meta"):
@@ -64,6 +70,7 @@ def estimate_memory(config: ModelConfig) -> MemoryEstimate:
         rows=config.max_rows,
         length=length,
         num_kv_bytes_per_token=cache.num_bytes_per_token(),
+        num_packed_bytes=num_packed_bytes(model) if device.type == "cpu" and not config.compile else 0,
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel, StoppingCriteria
 
+from specdecode.backends.packing import unpacked
 from specdecode.decoding.sequence import SamplingParams
 from specdecode.text import StopCriterion
 
@@ -79,8 +80,10 @@ def peer_generate(
         options["prompt_lookup_num_tokens"] = k
     if params.seed is not None:
         torch.manual_seed(params.seed)
-    watch = _Watch(len(prompt), stop)
-    target.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=params.max_tokens, stopping_criteria=[watch], **options
-    )
+    models = [target] if draft is None else [target, draft]
+    with unpacked(*models):
+        watch = _Watch(len(prompt), stop)  # which starts the clock
+        target.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=params.max_tokens, stopping_criteria=[watch], **options
+        )
     return watch.answer

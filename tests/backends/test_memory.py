@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from specdecode.backends.backend import ModelConfig, Row
 from specdecode.backends.huggingface import HuggingFaceBackend
 from specdecode.backends.kv_cache import RowCache
 from specdecode.backends.memory import MemoryEstimate, estimate_memory, readable_bytes
+from specdecode.backends.packing import num_packed_bytes
 from specdecode.errors import ModelError
 from tests.backends.recomputing import assert_equals_recomputed
 from tests.backends.test_huggingface import FAMILIES, GROUPED
@@ -26,6 +28,7 @@ def test_the_estimate_is_what_is_taken(family, save_model):
     estimate = estimate_memory(ModelConfig(model=folder, **ROOM))
     backend = HuggingFaceBackend(folder, **ROOM, preallocate=True)
     assert estimate.num_weight_bytes == sum(weights.nbytes for weights in backend.model.parameters())
+    assert estimate.num_packed_bytes == num_packed_bytes(backend.model)
     assert estimate.num_kv_bytes == backend.cache.num_bytes()
     assert (estimate.rows, estimate.length) == (3, 100)
     assert estimate.num_kv_bytes == 3 * (100 + 1) * estimate.num_kv_bytes_per_token
@@ -98,6 +101,8 @@ def test_bytes_are_written_with_three_digits(num_bytes, text):
 def test_an_estimate_reads_as_a_sum():
     estimate = MemoryEstimate(13_600_000, 16 * 4097 * 16_400, rows=16, length=4096, num_kv_bytes_per_token=16_400)
     assert estimate.describe() == "weights 13.6 MB + cache 16 rows x 4096 tokens x 16.4 KB = 1.09 GB"
+    packed = replace(estimate, num_packed_bytes=10_000_000)
+    assert packed.describe() == "weights 13.6 MB + packed 10.0 MB + cache 16 rows x 4096 tokens x 16.4 KB = 1.10 GB"
 
 
 def test_a_preallocated_cache_is_whole_and_empty(target_folder):
