@@ -206,14 +206,14 @@ def accept(sequences: list[Sequence], drafts: list[Draft], p: Distributions) -> 
         for each sequence the number of accepted tokens, and all tokens that the round adds.
     """
     first = _starts(drafts)
-    groups: dict[VerifierName, list[int]] = {}
-    for index, sequence in enumerate(sequences):
-        groups.setdefault(sequence.params.verifier, []).append(index)
     lengths: list[int] = [0] * len(sequences)
     added: list[list[int]] = [[] for _ in sequences]
-    for name, members in groups.items():
-        block = Block.of([drafts[index] for index in members], p, [first[index] for index in members])
-        drawn = draw(verifier(name), block, [sequences[index] for index in members])
+    for name, members in _by_law(sequences, p).items():
+        mine, starts = [drafts[index] for index in members], [first[index] for index in members]
+        if name is None:
+            drawn = _compare(mine, starts, p)
+        else:
+            drawn = draw(verifier(name), Block.of(mine, p, starts), [sequences[index] for index in members])
         for index, length, token in zip(members, *drawn, strict=True):
             draft, lengths[index] = drafts[index], length
             is_whole = draft.continues and length == len(draft.tokens)
@@ -230,6 +230,31 @@ def draw(law: Verifier, block: Block, sequences: list[Sequence]) -> tuple[list[i
         tokens, weights = law.emission(block[numbers], lengths[numbers])
         drawn[numbers] = tokens.gather(1, sample(weights, u_token[numbers].squeeze(-1))[:, None]).squeeze(-1)
     return lengths.tolist(), drawn.tolist()
+
+
+def _by_law(sequences: list[Sequence], p: Distributions) -> dict[VerifierName | None, list[int]]:
+    """The numbers of the sequences by their verifier, or None where p is one-hot throughout, and there is nothing to draw.
+
+    Where logits are not finite everything goes by the law, which says so.
+    """
+    is_finite = bool(p.largest.isfinite().all())
+    groups: dict[VerifierName | None, list[int]] = {}
+    for index, sequence in enumerate(sequences):
+        name = None if is_finite and not sequence.params.is_sampled else sequence.params.verifier
+        groups.setdefault(name, []).append(index)
+    return groups
+
+
+def _compare(drafts: list[Draft], first: Several[int], p: Distributions) -> tuple[list[int], list[int]]:
+    """What every law draws where p is one-hot: drafted tokens are accepted while they are its choices; then comes the next."""
+    choices = p.choice.tolist()
+    lengths = []
+    for draft, start in zip(drafts, first, strict=True):
+        pairs = zip(draft.tokens, choices[start:], strict=False)
+        lengths.append(next((place for place, (token, choice) in enumerate(pairs) if token != choice), len(draft.tokens)))
+    # A draft that continues has no choice after its last token, and needs none.
+    places = [min(start + length, len(choices) - 1) for start, length in zip(first, lengths, strict=True)]
+    return lengths, [choices[place] for place in places]
 
 
 def _starts(drafts: Several[Draft]) -> list[int]:
