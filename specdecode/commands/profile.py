@@ -1,12 +1,11 @@
 """`specdecode profile`: a pair in, where the time of a round goes out."""
 
 import argparse
-import json
 import sys
 from typing import TYPE_CHECKING
 
-from specdecode.commands.options import Commands
-from specdecode.commands.tables import make_table, print_tables
+from specdecode.commands.options import Commands, add_command, add_config, add_json
+from specdecode.commands.tables import make_table, print_json, print_tables
 from specdecode.config import load_config
 
 if TYPE_CHECKING:
@@ -15,22 +14,12 @@ if TYPE_CHECKING:
     from specdecode.evaluation.growth import Growth
     from specdecode.evaluation.profile import Profile, WayRow
 
-_HELP = """\
-where the time of a round goes, and how far it is from what the device could do
-
-specdecode profile --config configs/tiny/benchmark_profile.yaml --num-samples 5
-specdecode profile --config configs/benchmark_profile.yaml --set pair='{preset: llama-3-8b-1b}' --simulate-acceptance 0.7"""
-
 
 def add_profile(commands: Commands) -> None:
-    profile = commands.add_parser(
-        "profile",
-        help="where the time of a round goes, and how far it is from what the device could do",
-        description=_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    profile.set_defaults(run=_profile)
-    profile.add_argument("--config", required=True, help="such as configs/tiny/benchmark_profile.yaml")
+    file = "configs/tiny/benchmark_profile.yaml"
+    help = "measure where the time of a round goes, and how far it is from what the device could do"
+    profile = add_command(commands, "profile", _profile, help, f"specdecode profile --config {file} --num-samples 5")
+    add_config(profile, "K=[1,5], growth={} or pair={preset: llama-3-8b-1b}", file=file)
     profile.add_argument("--num-samples", type=int, metavar="N", help="prompts that are answered in every way")
     profile.add_argument(
         "--simulate-acceptance",
@@ -38,8 +27,7 @@ def add_profile(commands: Commands) -> None:
         metavar="RATE",
         help="coin flips in place of verdicts, for weights that never agree",
     )
-    profile.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as K=[1,5] or growth={}")
-    profile.add_argument("--json", action="store_true", help="print all figures as JSON")
+    add_json(profile)
 
 
 def _profile(parsed: argparse.Namespace) -> None:
@@ -55,7 +43,7 @@ def _profile(parsed: argparse.Namespace) -> None:
         task = progress.add_task("answers", total=None)
         found = measure_profile(config, lambda done, count: progress.update(task, completed=done, total=count))
     if parsed.json:
-        print(json.dumps(found.as_json(), indent=1))
+        print_json(found.as_json())
         return
     tables = [_ways(found), _phases(found), *([_growth(found.growth)] if found.growth else [])]
     print_tables(*tables)

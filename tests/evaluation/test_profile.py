@@ -1,6 +1,7 @@
 """The profile tells where a round's time goes: parts add up, floors are counted, what is simulated is said to be."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from specdecode.decoding.drafters import NoDrafter
 from specdecode.decoding.loop import step
 from specdecode.decoding.sequence import Draft, SamplingParams, Sequence
 from specdecode.errors import ConfigError
-from specdecode.evaluation.growth import exponent
+from specdecode.evaluation.growth import AXES, Curve, exponent
+from specdecode.evaluation.growth_chart import draw_growth
 from specdecode.evaluation.pairs import PairConfig, open_pair
 from specdecode.evaluation.profile import ProfileConfig, simulated
 from specdecode.evaluation.roofline import Limits, PassCost, Work, read_bandwidth
@@ -121,6 +123,19 @@ def test_growth_prints_a_table_and_the_exponent_is_the_powers(capsys: pytest.Cap
     sizes = [1, 2, 4, 8, 16, 32]
     assert exponent(sizes, [3 * size**1.5 for size in sizes]) == pytest.approx(1.5)
     assert exponent([1, 2], [1.0, 2.0]) is None
+
+
+def test_growth_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is in the extra bench")
+    curves = [Curve(axis, "round", [1, 2], [1.0, 2.0], None, None) for axis in AXES]
+    draw_growth(curves, tmp_path / "charts/growth.png")
+    assert (tmp_path / "charts/growth.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_a_chart_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ConfigError, match=r"needs the package matplotlib: pip install 'specdecode\[bench\]'"):
+        draw_growth([], tmp_path / "growth.png")
 
 
 @pytest.mark.parametrize("name", SHAPES)
