@@ -21,7 +21,7 @@ serve: $(STAMP)
 	$(BIN)/specdecode serve --config configs/tiny/serve.yaml
 
 test: $(STAMP)
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadgroup
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

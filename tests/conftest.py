@@ -23,6 +23,14 @@ EXACTNESS: dict[tuple[str, str, int], tuple[int, int, float]] = defaultdict(lamb
 SaveModel = Callable[[PreTrainedConfig, int], str]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For `pytest -n 2 --dist loadgroup`: what starts Ray is run by one process, one after the other; other files by any."""
+    tests = Path(__file__).parent
+    for item in items:
+        starts_ray = item.path.parent in (tests, tests / "serve") or item.path.name == "test_jobs.py"
+        item.add_marker(pytest.mark.xdist_group("ray" if starts_ray else str(item.path.relative_to(tests))))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Shows what the exact enumeration added up."""
     if not EXACTNESS:
