@@ -24,11 +24,15 @@ SaveModel = Callable[[PreTrainedConfig, int], str]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `pytest -n 2 --dist loadgroup`: what starts Ray is run by one process, one after the other; other files by any."""
+    """For `pytest -n 2 --dist loadgroup`: what shares a server, and jobs that start Ray, come one after the other."""
     tests = Path(__file__).parent
     for item in items:
-        starts_ray = item.path.parent in (tests, tests / "serve") or item.path.name == "test_jobs.py"
-        item.add_marker(pytest.mark.xdist_group("ray" if starts_ray else str(item.path.relative_to(tests))))
+        group = str(item.path.relative_to(tests))
+        if item.path.parent == tests / "serve":
+            group = "serve"
+        elif item.path.parent == tests or item.path.name == "test_jobs.py":
+            group = "jobs"
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
