@@ -23,18 +23,6 @@ EXACTNESS: dict[tuple[str, str, int], tuple[int, int, float]] = defaultdict(lamb
 SaveModel = Callable[[PreTrainedConfig, int], str]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `pytest -n 2 --dist loadgroup`: what shares a server, and jobs that start Ray, come one after the other."""
-    tests = Path(__file__).parent
-    for item in items:
-        group = str(item.path.relative_to(tests))
-        if item.path.parent == tests / "serve":
-            group = "serve"
-        elif item.path.parent == tests or item.path.name == "test_jobs.py":
-            group = "jobs"
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Shows what the exact enumeration added up."""
     if not EXACTNESS:
