@@ -25,6 +25,7 @@ from specdecode.errors import ConfigError
 from specdecode.evaluation.prompts import load_prompts
 from specdecode.parts import Parts
 from specdecode.routing.collection import Collector, RouterPrompt, TrialConfig, as_rows
+from specdecode.routing.outliers import outlier
 from specdecode.routing.records import Record, read_records, write_records
 from specdecode.training.checkpoints import load_tokenizer
 from specdecode.training.documents import Document, Message, load_documents
@@ -47,12 +48,17 @@ class PromptSource(StrictModel):
     data_dir: str = "data/train"
     held_out: bool = Field(default=False, description="of the documents that trainings hold out, or of the others")
     num_prompts: int | None = Field(default=None, gt=0, description="at the most; needed with sources")
+    outliers: bool = Field(
+        default=False, description="made into prompts like none of theirs, see specdecode/routing/outliers.py"
+    )
     max_prompt_length: int = Field(default=512, gt=0, description="tokens; longer prompts are left out")
 
     @model_validator(mode="after")
     def _check(self) -> "PromptSource":
         if sum(map(bool, (self.builtin, self.file, self.sources))) != 1:
             raise ValueError("expected one of builtin, file and sources")
+        if self.outliers and not self.sources:
+            raise ValueError("outliers: expected with sources")
         if self.sources and self.num_prompts is None:
             raise ValueError("num_prompts: expected with sources")
         return self
@@ -140,9 +146,12 @@ def _prompts(config: CollectionConfig) -> Iterator[RouterPrompt]:
 
 def _prompt(domain: str, document: Document, formatter: Formatter) -> RouterPrompt:
     """Named by its text, so that it is the same one in every collection."""
-    text = document.messages[-1].content if document.is_conversation else document.text
     name = hashlib.sha256(json.dumps([document.content, document.is_conversation]).encode()).hexdigest()[:16]
-    return RouterPrompt(name, domain, text, document.is_conversation, formatter.prompt(document))
+    return RouterPrompt(name, domain, _text(document), document.is_conversation, formatter.prompt(document))
+
+
+def _text(document: Document) -> str:
+    return document.messages[-1].content if document.is_conversation else document.text
 
 
 def _documents(source: PromptSource, formatter: Formatter, seed: list[int]) -> Iterator[Document]:
@@ -154,15 +163,25 @@ def _documents(source: PromptSource, formatter: Formatter, seed: list[int]) -> I
         yield from _file(Path(source.file), source)
     else:
         documents = {name: load_documents(name, source.data_dir) for name in source.sources}
-        yield from sample_all_prompts(
+        rng = np.random.default_rng(seed)
+        prompts = sample_all_prompts(
             documents,
             source.sources,
             formatter,
             source.num_prompts or 0,
             source.max_prompt_length,
-            np.random.default_rng(seed),
+            rng,
             held_out=source.held_out,
         )
+        yield from _outliers(prompts, rng) if source.outliers else prompts
+
+
+def _outliers(prompts: list[Document], rng: np.random.Generator) -> Iterator[Document]:
+    """As many, of one in two as a message."""
+    texts = [text for text in map(_text, prompts) if text.strip()]
+    for _ in prompts:
+        text = outlier(texts, rng)
+        yield _message(text) if rng.random() < 0.5 else Document(text)
 
 
 def _file(path: Path, source: PromptSource) -> Iterator[Document]:

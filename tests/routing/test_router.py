@@ -136,7 +136,6 @@ def test_a_file_configures_it(checkpoint: str, tmp_path: Path) -> None:
 
 
 def test_the_embedded_router_knows_what_a_prompt_is_about() -> None:
-    """With the encoder that comes as a package."""
     router = AdaptiveRouter.from_config({"checkpoint": "tiny/router"}, ["code", "chat", "reasoning", "generic"])
     texts = {
         "code": "def read_lines(path):\n",
