@@ -37,6 +37,7 @@ _COMPLETION, _CHAT = "completion", "chat"
 _OPEN = re.compile(
     r"/(|config|theme\.css|favicon\.ico|(assets|static|svelte)/.*|gradio_api/(info|startup-events|queue/(data|join)|cancel|reset))/?"
 )
+_ICON = "/favicon.ico"  # browsers ask for one before they have read the page
 _HEARTBEAT = re.compile(r"/gradio_api/heartbeat/.*")
 
 
@@ -111,7 +112,6 @@ def with_page(api: FastAPI, offer: Offer) -> FastAPI:
         mcp_server=False,
         theme=_theme(),
         css_paths=Path(__file__).with_suffix(".css"),
-        head='<link rel="icon" href="data:,">',
     )
     whole.add_middleware(_Gate, max_body_bytes=offer.max_body_bytes)
     whole.mount("/", api)
@@ -139,6 +139,10 @@ def _theme() -> gr.themes.Base:
         button_secondary_border_color=frame,
         button_secondary_border_color_dark=frame_dark,
         button_border_width="1px",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover_dark="*primary_800",
     )
 
 
@@ -258,7 +262,9 @@ class _Gate:
         """See the ASGI specification."""
         root = scope.get("root_path", "")
         path = scope.get("path", "").removeprefix(root)
-        if scope["type"] != "http" or not (path + "/").startswith(PATH + "/"):
+        if scope["type"] == "http" and path == _ICON:
+            await Response(status_code=204)(scope, receive, send)
+        elif scope["type"] != "http" or not (path + "/").startswith(PATH + "/"):
             await self._app(scope, receive, send)
         elif path == PATH:
             await RedirectResponse(f"{root}{PATH}/")(scope, receive, send)

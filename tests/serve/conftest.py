@@ -52,7 +52,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log, config = folder / "log.txt", folder / "serve.yaml"
     values = yaml.safe_load((ROOT / CONFIG).read_text())
     # Lengths that depend on measured times would make seeded answers depend on them too.
-    values["applications"][0]["args"]["target"]["engine"] = {"draft_length": "fixed"}
+    arguments = values["applications"][0]["args"]
+    arguments["target"]["engine"] = {"draft_length": "fixed"}
+    arguments.setdefault("router", {})["demo"] = True
     config.write_text(yaml.safe_dump(values))
     command = [sys.executable, "-m", "specdecode.cli", "serve", "--config", str(config), "--port", str(port)]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
