@@ -21,10 +21,13 @@ from specdecode.decoding.sequence import Arm, Round, Sequence
 _NUM_TRIES, _TRIED_LENGTH = 2, 2
 # After so many plain rounds a sequence is tried again; after twice as many the next time, and so on.
 _PATIENCE = 32
+# An arm that disappointed is not chosen again for so many rounds; for twice as many the next time. Few, as it may have been by
+# chance: a stretch of text that is hard to guess is so for all of them.
+_REST = 8
 # What is believed of the acceptance before the first verdict, and how many verdicts that belief is worth.
 _PRIOR_RATE, _PRIOR_TRIALS = 0.7, 2.0
 # Another arm must promise so much more speed: estimates err, and a change costs the new drafter's reading of the text.
-_MARGIN = 1.05
+_MARGIN = 1.1
 # An answer is taken to go on for as long as it is already, and so many tokens more; most end before their limit.
 _OUTLOOK = 32
 # Of an arm that is not asked, so much of what was seen is still believed after each round.
@@ -196,6 +199,7 @@ class Acceptance:
     _num_trials: float = 0.0
     _num_plain: int = 0
     _patience: float = _PATIENCE
+    _rest: int = _REST
 
     @property
     def rate(self) -> float:
@@ -222,8 +226,8 @@ class Acceptance:
         """Counts as left for another arm; if it disappointed, it is not to be chosen again soon, nor as soon the next time."""
         self.is_drafting, self.num_tries = False, _NUM_TRIES
         if self.rate < self.prior_rate:
-            self.num_resting = int(self._patience)
-            self._patience *= 2
+            self.num_resting = self._rest
+            self._rest *= 2
 
     def fade(self) -> None:
         """Counts a round of another arm: what was seen is believed a little less."""
