@@ -112,7 +112,7 @@ def _report(parsed: argparse.Namespace) -> None:
 
 def _print_summary(folder: str, summary: "Summary", as_json: bool, has_report: bool) -> None:
     from specdecode.evaluation.benchmark import REPORT
-    from specdecode.evaluation.names import setting_of
+    from specdecode.evaluation.cells import setting_of
 
     if as_json:
         print_json(summary)
@@ -162,8 +162,8 @@ def _summary_table(summary: "Summary") -> "Table":
 
 
 def _compare(parsed: argparse.Namespace) -> None:
-    from specdecode.evaluation.analysis import compare_runs
     from specdecode.evaluation.benchmark import read_run
+    from specdecode.evaluation.changes import compare_runs
 
     changes = compare_runs(read_run(parsed.before)[2], read_run(parsed.after)[2])
     if not changes:

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from specdecode.evaluation.analysis import Figure
+    from specdecode.evaluation.figures import Figure
 
 
 def make_table(headings: tuple[str, ...], title: str | None = None, num_left: int = 1) -> "Table":

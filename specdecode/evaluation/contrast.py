@@ -12,7 +12,9 @@ from itertools import zip_longest
 
 import numpy as np
 
-from specdecode.evaluation.analysis import ALL, Figure, Row, cell_of, mean, summarise
+from specdecode.evaluation.analysis import Row, summarise
+from specdecode.evaluation.cells import ALL, cell_of
+from specdecode.evaluation.figures import Figure, mean
 from specdecode.evaluation.quality import agreement, overlap, pass_at_k
 from specdecode.evaluation.records import Record
 from specdecode.evaluation.suite import BASELINE, Cell

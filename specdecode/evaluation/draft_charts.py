@@ -5,8 +5,9 @@ from collections.abc import Sequence as Several
 import numpy as np
 from matplotlib.axes import Axes
 
-from specdecode.evaluation.analysis import ALL, Figure, Summary, acceptance_by_position, is_baseline_of, routing, whole
-from specdecode.evaluation.names import setting_of
+from specdecode.evaluation.analysis import Summary, acceptance_by_position, whole
+from specdecode.evaluation.cells import ALL, is_baseline_of, setting_of
+from specdecode.evaluation.figures import Figure
 from specdecode.evaluation.panels import (
     BLACK,
     BLUE,
@@ -24,6 +25,7 @@ from specdecode.evaluation.panels import (
     name_lines,
 )
 from specdecode.evaluation.records import Record
+from specdecode.evaluation.regret import routing
 from specdecode.evaluation.suite import Cell
 
 _NUM_LETTERS = 50  # that fit under a panel

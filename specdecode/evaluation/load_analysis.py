@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from specdecode.config import StrictModel
-from specdecode.evaluation.analysis import Figure
+from specdecode.evaluation.figures import Figure
 from specdecode.evaluation.load_records import LoadRecord
 
 SHARES = (0.5, 0.9, 0.99)

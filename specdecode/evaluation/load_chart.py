@@ -6,7 +6,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-from specdecode.evaluation.analysis import Figure
+from specdecode.evaluation.figures import Figure
 from specdecode.evaluation.load_analysis import LoadRow, LoadSummary, Percentiles
 from specdecode.evaluation.panels import LINES, as_png, error_bars, grid, legend_below, styled
 

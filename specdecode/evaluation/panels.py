@@ -16,8 +16,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Drawing
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-from specdecode.evaluation.analysis import Figure
-from specdecode.evaluation.names import cell_names, in_order, setting_of
+from specdecode.evaluation.cells import cell_names, in_order, setting_of
+from specdecode.evaluation.figures import Figure
 from specdecode.evaluation.suite import BASELINE, Cell
 
 # Okabe and Ito, Color Universal Design: told apart with any kind of colour vision. Its yellow is left out, too faint on white.

@@ -13,8 +13,9 @@ from typing import Any
 import jinja2
 import yaml
 
-from specdecode.evaluation.analysis import Figure, Row, Summary, whole
-from specdecode.evaluation.names import cell_names, setting_of
+from specdecode.evaluation.analysis import Row, Summary, whole
+from specdecode.evaluation.cells import cell_names, setting_of
+from specdecode.evaluation.figures import Figure
 from specdecode.evaluation.records import Record
 from specdecode.evaluation.suite import BASELINE
 from specdecode.evaluation.visualization import charts

@@ -6,8 +6,9 @@ from collections.abc import Sequence as Several
 import numpy as np
 from matplotlib.axes import Axes
 
-from specdecode.evaluation.analysis import Figure, Summary, cell_of, whole
-from specdecode.evaluation.names import setting_of
+from specdecode.evaluation.analysis import Summary, whole
+from specdecode.evaluation.cells import cell_of, setting_of
+from specdecode.evaluation.figures import Figure
 from specdecode.evaluation.panels import (
     BLACK,
     BLUE,

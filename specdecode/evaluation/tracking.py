@@ -5,7 +5,8 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
-from specdecode.evaluation.analysis import Figure, Row, Summary
+from specdecode.evaluation.analysis import Row, Summary
+from specdecode.evaluation.figures import Figure
 from specdecode.training.reporting import WandbConfig
 
 _CELL = ("experiment", "draft", "K", "temperature", "verifier", "batch")

@@ -6,17 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from specdecode.evaluation.analysis import (
-    ALL,
-    acceptance_by_position,
-    compare_runs,
-    expected_tokens,
-    length_curves,
-    routing,
-    speed_up,
-    summarise,
-)
+from specdecode.evaluation.analysis import acceptance_by_position, summarise
+from specdecode.evaluation.cells import ALL
+from specdecode.evaluation.changes import compare_runs
+from specdecode.evaluation.figures import speed_up
+from specdecode.evaluation.length_curve import expected_tokens, length_curves
 from specdecode.evaluation.records import Record
+from specdecode.evaluation.regret import routing
 from specdecode.evaluation.suite import Cell
 
 

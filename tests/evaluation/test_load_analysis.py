@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from specdecode.evaluation.analysis import Figure
+from specdecode.evaluation.figures import Figure
 from specdecode.evaluation.load_analysis import Bounds, LoadRow, Percentiles, summarise_load
 from specdecode.evaluation.load_records import LoadRecord
 

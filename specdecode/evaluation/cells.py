@@ -1,8 +1,24 @@
-"""Cells in, their order and what people call them out."""
+"""Records in, the cells that they are of, these in order, and what people call them, out."""
 
 from collections.abc import Iterable
+from typing import cast
 
-from specdecode.evaluation.suite import EXPERIMENTS, Cell
+from specdecode.decoding.sequence import VerifierName
+from specdecode.evaluation.records import Record
+from specdecode.evaluation.suite import BASELINE, EXPERIMENTS, Cell, ExperimentName
+
+ALL = "all"  # the domains together
+
+
+def cell_of(record: Record) -> Cell:
+    """The cell that a record is of."""
+    experiment, verifier = cast("ExperimentName", record.experiment), cast("VerifierName", record.verifier)
+    return Cell(experiment, record.draft, record.K, record.temperature, verifier, record.batch)
+
+
+def is_baseline_of(other: Cell, cell: Cell) -> bool:
+    """The plain answers at the same temperature and batch size; of a peer's too."""
+    return other.experiment == BASELINE and (other.temperature, other.batch) == (cell.temperature, cell.batch)
 
 
 def in_order(cells: Iterable[Cell]) -> list[Cell]:
