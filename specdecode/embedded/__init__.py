@@ -5,6 +5,7 @@ from pathlib import Path
 from specdecode.errors import ModelError
 
 FAMILY = "tiny"
+ROUTER = f"{FAMILY}/router"
 
 
 def resolve_model(name_or_path: str) -> str:
@@ -17,7 +18,8 @@ def resolve_model(name_or_path: str) -> str:
     if family != FAMILY or Path(name_or_path).is_dir():
         return name_or_path
     if name_or_path not in embedded_models():
-        raise ModelError(f"model {name_or_path!r} does not exist: the embedded models are {', '.join(embedded_models())}")
+        models = ", ".join(name for name in embedded_models() if name != ROUTER)
+        raise ModelError(f"model {name_or_path!r} does not exist: the embedded models are {models}; their router is {ROUTER}")
     return str(Path(__file__).parent / FAMILY / member)
 
 
