@@ -49,6 +49,7 @@ MODELS: dict[str, type[BaseModel]] = {
     "tiny/distill_code.yaml": DraftTrainingConfig,
     "tiny/distill_generic.yaml": DraftTrainingConfig,
     "tiny/distill_reasoning.yaml": DraftTrainingConfig,
+    "tiny/distill_reasoning_further.yaml": DraftTrainingConfig,
     "tiny/drills.yaml": DrillsConfig,
     "tiny/eval_full.yaml": BenchmarkConfig,
     "tiny/eval_quick.yaml": BenchmarkConfig,
