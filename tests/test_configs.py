@@ -55,6 +55,7 @@ MODELS: dict[str, type[BaseModel]] = {
     "tiny/eval_quick.yaml": BenchmarkConfig,
     "tiny/eval_routed.yaml": BenchmarkConfig,
     "tiny/load.yaml": LoadConfig,
+    "tiny/load_vllm.yaml": LoadConfig,
     "tiny/pretrain_target.yaml": TargetTrainingConfig,
     "tiny/profile_synthetic.yaml": ProfileConfig,
     "tiny/release.yaml": ReleaseConfig,
@@ -76,7 +77,7 @@ MODELS: dict[str, type[BaseModel]] = {
     "train_code.yaml": DraftTrainingConfig,
     "train_reasoning.yaml": DraftTrainingConfig,
 }
-SERVE_FILES = ("serve.yaml", "tiny/demo.yaml", "tiny/serve.yaml")
+SERVE_FILES = ("serve.yaml", "tiny/demo.yaml", "tiny/serve.yaml", "tiny/serve_pair.yaml")
 CLUSTER_FILES = ("cluster/on_premises.yaml", "cluster/rayservice.yaml")
 
 

@@ -25,6 +25,7 @@ class Figure:
 
 
 def num_tokens(record: Record) -> int:
+    """Generated ones."""
     return len(record.tokens)
 
 
@@ -59,6 +60,7 @@ def _by_question(records: list[Record], *values: Callable[[Record], float]) -> n
 
 
 def resamples(count: int) -> np.ndarray:
+    """Places of questions, drawn with repetition, [resamples, count]; the same ones for the same count."""
     return np.random.default_rng(0).integers(0, count, (_NUM_RESAMPLES, count))
 
 
