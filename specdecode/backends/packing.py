@@ -1,10 +1,11 @@
 """A float32 model on a CPU in, the same one with its linear layers in oneDNN's layout out.
 
 A product with few rows takes a half to a third of the time so. And each row comes out the same to the bit however many
-others go with it, which makes the logits that verify a draft those of plain decoding, but for attention.
+others go with it, which makes the logits that verify a draft those of plain decoding, but for attention. Layers of one input,
+such as those of queries, keys and values, are one product.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,31 +15,64 @@ import torch
 _NUM_ROWS = 4
 
 
-class PackedLinear:
-    """What a linear layer computes, from a copy of its weights; it holds no gradient."""
+# Layers beside each other in a module that transformers' models call one after the other with the same input.
+_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
-    def __init__(self, layer: torch.nn.Linear) -> None:
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), _NUM_ROWS)
-        self._bias = None if layer.bias is None else layer.bias.detach()
+
+class Product:
+    """What linear layers of one input compute, from a copy of their weights; it holds no gradient.
+
+    The first of them to be called computes for all, and the others take what is theirs. One that is called with anything else
+    computes anew, so that the result never depends on who calls which of them, and when.
+    """
+
+    def __init__(self, layers: Sequence[torch.nn.Linear]) -> None:
+        weight = torch.cat([layer.weight.detach() for layer in layers])
+        self._widths = [layer.out_features for layer in layers]
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _NUM_ROWS)
+        self._bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
         self._multiply = torch.ops.mkldnn._linear_pointwise.default
+        self._input: torch.Tensor | None = None
+        self._parts: list[torch.Tensor | None] = []
+
+    def part(self, number: int, x: torch.Tensor) -> torch.Tensor:
+        """[..., in] to [..., out] of layer `number`."""
+        if x is not self._input or self._parts[number] is None:
+            self._parts = list(self._multiply(x, self._weight, self._bias, "none", [], "").split(self._widths, -1))
+            self._input = x
+        taken, self._parts[number] = self._parts[number], None
+        if not any(part is not None for part in self._parts):
+            self._input = None  # nothing is kept beyond its use
+        assert taken is not None
+        return taken
+
+
+class PackedLinear:
+    """A linear layer's part of a product."""
+
+    def __init__(self, product: Product, number: int) -> None:
+        self._product = product
+        self._number = number
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] to [..., out]."""
-        return self._multiply(x, self._weight, self._bias, "none", [], "")
+        return self._product.part(self._number, x)
 
 
 def pack(model: Any) -> None:
     """Packs the layers of a model whose weights do not change from now on, where that is of use: float32 on an x86 CPU."""
     if not torch.backends.mkldnn.is_available():
         return
-    for layer in _packable(model):
-        if layer.weight.device.type == "cpu":
-            layer.forward = PackedLinear(layer)  # type: ignore[method-assign, assignment]
+    for layers in _siblings(model):
+        if layers[0].weight.device.type == "cpu":
+            product = Product(layers)
+            for number, layer in enumerate(layers):
+                layer.forward = PackedLinear(product, number)  # type: ignore[method-assign, assignment]
 
 
 def num_packed_bytes(model: Any) -> int:
     """What the copies take of a model that is on a CPU, or is to be."""
-    return sum(layer.weight.nbytes for layer in _packable(model))
+    return sum(layer.weight.nbytes for layers in _siblings(model) for layer in layers)
 
 
 @contextmanager
@@ -57,5 +91,16 @@ def unpacked(*models: Any) -> Iterator[None]:
             layer.forward = packed
 
 
-def _packable(model: Any) -> list[torch.nn.Linear]:
-    return [layer for layer in model.modules() if type(layer) is torch.nn.Linear and layer.weight.dtype == torch.float32]
+def _siblings(model: Any) -> Iterator[list[torch.nn.Linear]]:
+    """Every layer that can be packed, together with those that are given the same input."""
+    for module in model.modules():
+        layers = {name: layer for name, layer in module.named_children() if _is_packable(layer)}
+        for names in _SIBLINGS:
+            found = [layers[name] for name in names if name in layers]
+            if len(found) == len(names) and len({(layer.in_features, layer.bias is None) for layer in found}) == 1:
+                yield [layers.pop(name) for name in names]
+        yield from ([layer] for layer in layers.values())
+
+
+def _is_packable(layer: torch.nn.Module) -> bool:
+    return type(layer) is torch.nn.Linear and layer.weight.dtype == torch.float32
