@@ -54,6 +54,7 @@ class Start:
     """How a node's commands call `ray start`."""
 
     auth_mode: str
+    niceness: str
     options: dict[str, Any]
 
 
@@ -72,7 +73,7 @@ def run_start(commands: list[str], address: str, folder: Path) -> Start | str:
     """Runs a node's start commands in a shell where `ray` only writes down its call; what went wrong if a command fails."""
     record = folder / "record.json"
     stubs = {
-        "ray": f'#!/bin/sh\n[ "$1" = start ] || exit 0\n{{ printf "%s\\n" "$RAY_AUTH_MODE" "$@"; }} > {record}\n',
+        "ray": f'#!/bin/sh\n[ "$1" = start ] || exit 0\n{{ printf "%s\\n" "$RAY_AUTH_MODE" "$RAY_worker_niceness" "$@"; }} > {record}\n',
         "hostname": f'#!/bin/sh\necho "172.17.0.1 {address} fd00::1"\n',
     }
     for name, text in stubs.items():
@@ -83,9 +84,9 @@ def run_start(commands: list[str], address: str, folder: Path) -> Start | str:
         done = subprocess.run(["bash", "-c", f"({command})"], env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             return done.stderr
-    auth_mode, called, *arguments = record.read_text().splitlines()
+    auth_mode, niceness, called, *arguments = record.read_text().splitlines()
     assert called == "start"
-    return Start(auth_mode, start.make_context("start", arguments).params)
+    return Start(auth_mode, niceness, start.make_context("start", arguments).params)
 
 
 def starts(name: str, folder: Path) -> dict[str, Start]:
@@ -200,6 +201,7 @@ def test_every_node_starts_with_the_token_that_was_copied_to_it(name: str, tmp_p
     found = starts(name, tmp_path)
     assert len(found) == 1 + len(config["provider"].get("worker_ips", ["any"]))
     assert {node: call.auth_mode for node, call in found.items()} == dict.fromkeys(found, "token")
+    assert {node: call.niceness for node, call in found.items()} == dict.fromkeys(found, "0")
     assert config["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
     for commands in (config["head_setup_commands"], config["worker_setup_commands"]):
         assert "chmod 600 ~/.ray/auth_token" in commands

@@ -1,4 +1,4 @@
-"""A draft that dies costs speed, never a request, and comes back."""
+"""A draft that dies costs speed, never a request, and comes back; replicas are as urgent as any process."""
 
 import json
 import os
@@ -46,6 +46,12 @@ def replicas(server: Server, deployment: str) -> list[int]:
 
 def drafted(http: httpx.Client) -> int:
     return http.post("/v1/completions", json={**BODY, "max_tokens": 8}).json()["speculative_decoding"]["num_draft_tokens"]
+
+
+def test_replicas_do_not_give_way_to_other_processes(server: Server) -> None:
+    for deployment in ("Target", "Router", "Draft-code"):
+        for replica in replicas(server, deployment):
+            assert os.getpriority(os.PRIO_PROCESS, replica) == os.getpriority(os.PRIO_PROCESS, 0)
 
 
 def test_a_draft_that_is_killed_in_mid_stream(server: Server, http: httpx.Client, tokenizer: Tokenizer, expect: Expect) -> None:
