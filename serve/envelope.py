@@ -73,6 +73,7 @@ class Envelope:
             "choices": [self._whole_choice(choice) for choice in choices],
             "usage": usage.model_dump(),
             "speculative_decoding": figures(choices).model_dump(),
+            **(self._prompt_logprobs(choices[0]) if self._is_chat else {}),  # where vLLM has them: there is one prompt
         }
 
     def opening(self, choice: Choice) -> dict[str, Any] | None:
@@ -85,15 +86,17 @@ class Envelope:
     def chunk(self, choice: Choice, piece: Piece) -> dict[str, Any]:
         """A chunk with a piece of a choice's text, and what it says of speculation."""
         delta = {"content": piece.text} if piece.text else {}
+        of_prompt = self._prompt_logprobs(choice) if piece.round.prompt_logprobs is not None else {}
         body = {
             "index": choice.index,
             **({"delta": delta} if self._is_chat else {"text": piece.text}),
             "logprobs": self._logprobs(piece.tokens),
             "finish_reason": piece.finish_reason,
-            **(self._prompt_logprobs(choice) if piece.round.prompt_logprobs is not None else {}),
+            **({} if self._is_chat else of_prompt),
         }
         extension = self._extension(choice, piece)
-        return {**self._chunk([body]), **({"speculative_decoding": extension} if extension else {})}
+        of_chat = of_prompt if self._is_chat and choice.index == 0 else {}
+        return {**self._chunk([body]), **({"speculative_decoding": extension} if extension else {}), **of_chat}
 
     def closing(self, usage: Usage) -> dict[str, Any]:
         """The chunk that holds the usage of a stream."""
@@ -114,7 +117,7 @@ class Envelope:
             **({"message": {"role": "assistant", "content": text, "refusal": None}} if self._is_chat else {"text": text}),
             "logprobs": self._logprobs(choice.transcript.tokens),
             "finish_reason": choice.transcript.finish_reason,
-            **self._prompt_logprobs(choice),
+            **({} if self._is_chat else self._prompt_logprobs(choice)),
         }
 
     def _logprobs(self, tokens: list[ShownToken]) -> dict[str, Any] | None:

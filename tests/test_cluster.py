@@ -73,7 +73,10 @@ def run_start(commands: list[str], address: str, folder: Path) -> Start | str:
     """Runs a node's start commands in a shell where `ray` only writes down its call; what went wrong if a command fails."""
     record = folder / "record.json"
     stubs = {
-        "ray": f'#!/bin/sh\n[ "$1" = start ] || exit 0\n{{ printf "%s\\n" "$RAY_AUTH_MODE" "$RAY_worker_niceness" "$@"; }} > {record}\n',
+        "ray": f"""#!/bin/sh
+[ "$1" = start ] || exit 0
+printf "%s\\n" "$RAY_AUTH_MODE" "$RAY_worker_niceness" "$@" > {record}
+""",
         "hostname": f'#!/bin/sh\necho "172.17.0.1 {address} fd00::1"\n',
     }
     for name, text in stubs.items():

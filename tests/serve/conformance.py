@@ -357,7 +357,8 @@ def _bad_words(ask: Caller) -> None:
 
 def _prompt_logprobs(ask: Caller) -> None:
     answer = ask(prompt_logprobs=1)
-    [shown] = [choice["prompt_logprobs"] for choice in answer.choices if choice.get("prompt_logprobs")]
+    where = answer.bodies if ask.is_chat else answer.choices  # a chat has one prompt, however many choices
+    [shown] = [part["prompt_logprobs"] for part in where if part.get("prompt_logprobs")]
     assert (shown[0], len(shown)) == (None, answer.usage["prompt_tokens"])
 
 

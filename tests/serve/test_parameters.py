@@ -1,5 +1,6 @@
 """Every parameter of a request does through HTTP what it does in the library, whole and streamed."""
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -54,7 +55,8 @@ def ask(http: httpx.Client) -> Ask:
         answer = response.json()
         assert response.status_code == 200, answer
         [choice] = answer["choices"]
-        return {**choice, "usage": answer["usage"], "figures": answer["speculative_decoding"]}
+        of_prompt = {name: answer[name] for name in ("prompt_logprobs",) if name in answer}  # where a chat has them
+        return {**choice, **of_prompt, "usage": answer["usage"], "figures": answer["speculative_decoding"]}
 
     return send
 
@@ -327,6 +329,19 @@ def test_prompt_logprobs_come_with_a_streams_first_piece(client: OpenAI, ask: As
         entry and entry.keys() for entry in ask(prompt_logprobs=0)["prompt_logprobs"]
     ]
     assert not any(shown[1:])
+
+
+def test_a_chats_prompt_is_scored_once_however_many_choices(http: httpx.Client) -> None:
+    body = {"model": "tiny", "messages": CHAT, "max_tokens": 2, "n": 2, "prompt_logprobs": 0}
+    answer = http.post("/v1/chat/completions", json=body).json()
+    assert len(answer["prompt_logprobs"]) == answer["usage"]["prompt_tokens"]
+    assert not any("prompt_logprobs" in choice for choice in answer["choices"])
+    with http.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as response:
+        lines = [line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: {")]
+    shown = [chunk["prompt_logprobs"] for chunk in map(json.loads, lines) if "prompt_logprobs" in chunk]
+    assert [[entry and entry.keys() for entry in part] for part in shown] == [
+        [entry and entry.keys() for entry in answer["prompt_logprobs"]]
+    ]
 
 
 def test_a_choice_of_several_has_its_own_seed_and_logprobs(client: OpenAI, library: Library, tokenizer: Tokenizer) -> None:
