@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ONCE ?=
 
-.PHONY: install demo serve test lint bench drills soak
+.PHONY: install demo serve test test-library test-service lint bench drills soak
 
 install: $(STAMP)
 
@@ -20,9 +20,16 @@ demo: $(STAMP)
 serve: $(STAMP)
 	$(BIN)/specdecode serve --config configs/tiny/serve.yaml
 
-# In a process of its own, so that how one with Ray and torch in it ends is no part of the verdict.
+# Two halves at a time, as most of a test is on one core or waits. Each in a process of its own (-n 1), so that how one with Ray and
+# torch in it ends is no part of the verdict.
 test: $(STAMP)
-	$(BIN)/pytest -n 1
+	$(MAKE) --jobs=2 --keep-going test-library test-service
+
+test-library: $(STAMP)
+	$(BIN)/pytest -n 1 $(filter-out tests/serve tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/)))
+
+test-service: $(STAMP)
+	$(BIN)/pytest -n 1 tests/serve $(wildcard tests/test_*.py)
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
