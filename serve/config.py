@@ -131,7 +131,7 @@ class TargetConfig(DeployedModel):
     stream_interval_s: float = Field(
         default=0.05,
         ge=0,
-        description="rounds that follow a stream's last ones sooner are sent on together",
+        description="rounds of so long are sent on together, those of all streams at the same instants",
     )
 
     def options(self) -> dict[str, Any]:

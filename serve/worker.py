@@ -27,7 +27,8 @@ class EngineThread:
         engine: what to run.
         observe: is shown each round, on the thread.
         on_failure: is called when a round has failed, before those hear of it whose round it was.
-        stream_interval_s: how long a stream's rounds are gathered after the last ones; its first and its last are not.
+        stream_interval_s: how long rounds are gathered, those of all streams until the same instant; a stream's first and its
+            last are not.
     """
 
     def __init__(
@@ -139,10 +140,11 @@ class _Outlet:
     """One stream's rounds on their way to whoever listens. On the event loop only.
 
     What comes soon after the last rounds were taken is gathered, since an item of a stream costs more on its way through Serve
-    than what is in it; the news that the sequence is taken on, its first rounds, its last and an error never wait.
+    than what is in it; the news that the sequence is taken on, its first rounds, its last and an error never wait. All streams
+    are due at the same instants: the event loop takes the interpreter from the engine's thread once, and not for each of them.
 
     Args:
-        interval_s: how soon.
+        interval_s: the time between two instants.
     """
 
     def __init__(self, interval_s: float) -> None:
@@ -167,7 +169,8 @@ class _Outlet:
         items, self._items = self._items, []
         self._set_due(False)
         if self._interval_s:
-            self._timer = asyncio.get_running_loop().call_later(self._interval_s, self._expire)
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_at((loop.time() // self._interval_s + 1) * self._interval_s, self._expire)
         rounds = []
         for item in items:
             if isinstance(item, Exception):

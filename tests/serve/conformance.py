@@ -3,6 +3,7 @@
 `.venv/bin/python -m tests.serve.conformance` prints the table of docs/api.md.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ TOKEN = 300  # any that is no special one
 # What the typed client does not know goes into the body as it is.
 EXTRA = {
     "top_k", "min_p", "repetition_penalty", "ignore_eos", "min_tokens", "stop_token_ids", "allowed_token_ids", "bad_words",
-    "prompt_logprobs", "speculative_decoding", "unknown",
+    "prompt_logprobs", "response_format", "structured_outputs", "speculative_decoding", "unknown",
 }  # fmt: skip
 
 
@@ -362,6 +363,28 @@ def _prompt_logprobs(ask: Caller) -> None:
     assert (shown[0], len(shown)) == (None, answer.usage["prompt_tokens"])
 
 
+def _response_format(ask: Caller) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"is_hot": {"type": "boolean"}},
+        "required": ["is_hot"],
+        "additionalProperties": False,
+    }
+    asked = {"type": "json_schema", "json_schema": {"name": "order", "schema": schema}}
+    assert type(json.loads(ask(response_format=asked, max_tokens=48).text)["is_hot"]) is bool
+
+
+def _json_object(ask: Caller) -> None:
+    answer = ask(response_format={"type": "json_object"}, max_tokens=300, seed=2, temperature=1)
+    assert answer.text.startswith("{")
+    if answer.finish_reasons == ["stop"]:  # small models' objects do not always end
+        assert isinstance(json.loads(answer.text), dict)
+
+
+def _structured_outputs(ask: Caller) -> None:
+    assert ask(structured_outputs={"choice": ["latte", "mocha"]}, max_tokens=8).text in ("latte", "mocha")
+
+
 def _speculative(ask: Caller) -> None:
     answer = ask(speculative_decoding={"draft": "code", "K": 3})
     [figures] = [body["speculative_decoding"] for body in answer.bodies if "speculative_decoding" in body]
@@ -458,6 +481,9 @@ CASES = [
     Case("`allowed_token_ids`", "nothing else is said", _allowed),
     Case("`bad_words`", "never said", _bad_words),
     Case("`prompt_logprobs`", "an entry for each token of the prompt", _prompt_logprobs),
+    Case("`response_format`: json_schema", "JSON of the schema", _response_format),
+    Case("`response_format`: json_object", "a JSON object", _json_object),
+    Case("`structured_outputs`: choice", "one of the texts", _structured_outputs),
     Case("`speculative_decoding`", "who drafts, and how much; the answer says what it did", _speculative, is_ours=True),
 ]  # fmt: skip
 
