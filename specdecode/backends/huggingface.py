@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from specdecode.backends import flash
+from specdecode.backends import flash, grouped
 from specdecode.backends.backend import ModelBackend, Row, check_devices
 from specdecode.backends.kv_cache import RowCache
 from specdecode.backends.loading import eos_token_ids, load_model, mask_kinds, read_config, resolve_device, resolve_length
@@ -66,6 +66,7 @@ class HuggingFaceBackend:
             quantization=quantization,
             adapter=adapter,
         )
+        grouped.enable(self.model)
         if tp == 1 and not compile:
             pack(self.model)
         self._run = torch.compile(self.model, dynamic=True) if compile else self.model

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel, StoppingCriteria
 
+from specdecode.backends.grouped import ungrouped
 from specdecode.backends.packing import unpacked
 from specdecode.decoding.sequence import SamplingParams
 from specdecode.text import StopCriterion
@@ -81,7 +82,7 @@ def peer_generate(
     if params.seed is not None:
         torch.manual_seed(params.seed)
     models = [target] if draft is None else [target, draft]
-    with unpacked(*models):
+    with unpacked(*models), ungrouped(*models):
         watch = _Watch(len(prompt), stop)  # which starts the clock
         target.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=params.max_tokens, stopping_criteria=[watch], **options

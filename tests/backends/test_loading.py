@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig
 
+from specdecode.backends import grouped
 from specdecode.backends.backend import ModelConfig, Row, create_backend, open_model
 from specdecode.backends.huggingface import HuggingFaceBackend
 from specdecode.config import check_config
@@ -51,7 +52,7 @@ def test_auto_is_eager_where_sdpa_would_change_the_model(family, save_model):
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_auto_is_sdpa_for_all_others(family, save_model):
-    assert HuggingFaceBackend(save_model(FAMILIES[family], 0)).model.config._attn_implementation == "sdpa"
+    assert HuggingFaceBackend(save_model(FAMILIES[family], 0)).model.config._attn_implementation == grouped.NAME
 
 
 @pytest.mark.parametrize("family", CAPPED)
