@@ -44,7 +44,7 @@ from tests.serve.serving import free_port
 
 pytestmark = pytest.mark.filterwarnings("default")  # those of Ray and its libraries, in all their processes
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RAY = str(Path(sys.executable).with_name("ray"))
 TARGET, DRAFT = "tiny/target", "tiny/draft-generic"
 QUESTIONS = [
