@@ -41,7 +41,7 @@ class Product:
             self._parts = list(self._multiply(x, self._weight, self._bias, "none", [], "").split(self._widths, -1))
             self._input = x
         taken, self._parts[number] = self._parts[number], None
-        if not any(part is not None for part in self._parts):
+        if all(part is None for part in self._parts):
             self._input = None  # nothing is kept beyond its use
         assert taken is not None
         return taken
