@@ -189,7 +189,7 @@ def test_a_server_routes(checkpoint: str, tmp_path: Path, expect: Expect, tokeni
         args["drafts"]["code"] |= {"placement": "deployment", "deployment": {"ray_actor_options": {"num_cpus": 0.1}}}
         args["routing"] = {"checkpoint": checkpoint}
         args["router"]["records"] = {"folder": str(tmp_path / "records"), "keep_prompts": True}
-        args["target"] = {"model": "tiny/target", "deployment": {"ray_actor_options": {"num_cpus": 0.2}}}
+        args["target"]["deployment"] = {"ray_actor_options": {"num_cpus": 0.2}}
         del args["default_draft"]
 
     with serving(tmp_path, small_config(change)) as server, httpx.Client(base_url=server.url, timeout=60) as client:
