@@ -8,7 +8,7 @@ sequence whose route has several arms goes to the one with the best ratio for it
 
 import weakref
 from collections.abc import Sequence as Several
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -32,6 +32,12 @@ _MARGIN = 1.1
 _OUTLOOK = 32
 # Of an arm that is not asked, so much of what was seen is still believed after each round.
 _FADING = 0.98
+# By so much of what one arm is better or worse than its forecast the others are expected to be, too, at first: text that is
+# hard to guess is so for all of them. 0.54 is the slope of an arm's error on another's over 40 prompts that the embedded router
+# was not made for. After each round this counts less, so that an arm that was forecast well is tried in the end.
+_COMMON, _COMMON_FADING = 0.5, 0.95
+# Reading the text for another try may take so much of the time of the plain rounds before it.
+_TRIAL_SHARE = 0.1
 
 
 class LengthPolicy(Protocol):
@@ -69,7 +75,7 @@ class AdaptiveLength:
         self._verify_time = Line()  # by scored tokens
         self._draft_times: dict[str, Line] = {}  # by drafted tokens, of the longest draft
         self._reading_times: dict[str, Line] = {}  # by tokens that a drafter had not seen before
-        self._beliefs: weakref.WeakKeyDictionary[Sequence, dict[str, Acceptance]] = weakref.WeakKeyDictionary()
+        self._beliefs: weakref.WeakKeyDictionary[Sequence, Beliefs] = weakref.WeakKeyDictionary()
 
     def plan(self, sequences: list[Sequence]) -> None:
         """See `LengthPolicy.plan`."""
@@ -99,10 +105,7 @@ class AdaptiveLength:
                     num_before = len(sequence.tokens) - len(round.tokens)
                     unread[name] = unread.get(name, 0) + num_before - acceptance.num_read
                 acceptance.num_read = len(sequence.tokens)
-            acceptance.add(round.num_accepted, round.num_drafted)
-            for other in self._beliefs[sequence].values():
-                if other is not acceptance:
-                    other.fade()
+            self._beliefs[sequence].add(name, round.num_accepted, round.num_drafted)
         if has_begun:
             self._verify_time.add(sum(round.num_drafted + 1 for round in rounds), rounds[0].verify_time_s)
         if not unread:
@@ -120,22 +123,30 @@ class AdaptiveLength:
             self._draft_time(name).add(depth, max(0.0, expected[name] + surplus))
 
     def _group(self, name: str, members: list[Sequence], batch: int) -> "_Group":
-        rates = np.array([self._acceptance_of(sequence).rate for sequence in members])
+        rates = np.array([self._rate(sequence, name) for sequence in members])
         limits = np.array([_limit(sequence) if self._pays_to_begin(sequence, batch) else 0 for sequence in members])
         return _Group(self._draft_time(name), rates.clip(0.01, 0.99), limits, limits)
 
     def _pays_to_begin(self, sequence: Sequence, batch: int) -> bool:
         """Whether what a drafter gains on the tokens that are still expected is more than its reading of the text costs."""
         here, acceptance = sequence.route.drafter or "", self._acceptance_of(sequence)
-        if acceptance.is_drafting or acceptance.num_tries or not self._verify_time.is_known:
+        if acceptance.is_drafting or not self._verify_time.is_known:
             return True
-        return self._gain_s(sequence, 1 / float(self._verify_time.at(batch)), self._speed(sequence, here, batch), here) > 0
+        plain_s = float(self._verify_time.at(batch))
+        if acceptance.num_tries:
+            is_first = not acceptance.num_plain
+            return is_first or self._reading_s(sequence, here) <= _TRIAL_SHARE * acceptance.num_plain * plain_s
+        return self._gain_s(sequence, 1 / plain_s, self._speed(sequence, here, batch), here) > 0
 
     def _gain_s(self, sequence: Sequence, speed: float, better: float, name: str) -> float:
         """Seconds saved if the rest of the answer comes with `better` tokens/s through `name`, less those of its reading."""
         num_expected = min(sequence.num_remaining, sequence.num_generated + _OUTLOOK)
+        return num_expected / speed - num_expected / better - self._reading_s(sequence, name)
+
+    def _reading_s(self, sequence: Sequence, name: str) -> float:
+        """Seconds that a drafter needs for what it has not read of the text."""
         num_unread = len(sequence.tokens) - self._belief(sequence, name).num_read
-        return num_expected / speed - num_expected / better - self._reading_times.get(name, Line()).at(num_unread)
+        return float(self._reading_times.get(name, Line()).at(num_unread))
 
     def _choose_arm(self, sequence: Sequence, batch: int) -> None:
         """Moves a sequence to the arm that promises the most tokens per second, if the gain pays for that one's reading."""
@@ -156,7 +167,7 @@ class AdaptiveLength:
         A drafter whose time is not known yet is taken to need none: it is then tried, and known. Before any time is known, only
         the acceptance counts.
         """
-        acceptance = min(max(self._belief(sequence, name).rate, 0.01), 0.99)
+        acceptance = min(max(self._rate(sequence, name), 0.01), 0.99)
         if not self._verify_time.is_known:
             return acceptance
         k = np.arange(_limit(sequence) + 1)
@@ -168,11 +179,15 @@ class AdaptiveLength:
         return self._belief(sequence, sequence.route.drafter or "")
 
     def _belief(self, sequence: Sequence, name: str) -> "Acceptance":
-        beliefs = self._beliefs.setdefault(sequence, {})
-        if name not in beliefs:
+        beliefs = self._beliefs.setdefault(sequence, Beliefs())
+        if name not in beliefs.arms:
             arm = next((arm for arm in sequence.route.arms if arm.drafter == name), None)
-            beliefs[name] = Acceptance() if arm is None else self._forecast_of(arm)
-        return beliefs[name]
+            beliefs.arms[name] = Acceptance() if arm is None else self._forecast_of(arm)
+        return beliefs.arms[name]
+
+    def _rate(self, sequence: Sequence, name: str) -> float:
+        self._belief(sequence, name)
+        return self._beliefs[sequence].rate(name)
 
     def _forecast_of(self, arm: Arm) -> "Acceptance":
         is_timed = self._draft_time(arm.drafter).is_known and self._verify_time.is_known
@@ -181,6 +196,36 @@ class AdaptiveLength:
 
     def _draft_time(self, name: str) -> "Line":
         return self._draft_times.setdefault(name, Line())
+
+
+@dataclass
+class Beliefs:
+    """What is believed of a sequence's arms, by drafter: what one of them shows tells something of the others."""
+
+    arms: "dict[str, Acceptance]" = field(default_factory=dict)
+    _common: float = _COMMON
+
+    def add(self, name: str, num_accepted: int, num_drafted: int) -> None:
+        """Counts a round of one of them; see `Acceptance.add`."""
+        self._common *= _COMMON_FADING
+        for other, acceptance in self.arms.items():
+            if other == name:
+                acceptance.add(num_accepted, num_drafted)
+            else:
+                acceptance.fade()
+
+    def rate(self, name: str) -> float:
+        """How likely the next token of an arm is accepted.
+
+        Its forecast is moved by a part of the others' surprise: what was accepted of theirs beyond their forecasts over the
+        number of verdicts, which is weighed against none as verdicts are against a forecast.
+        """
+        acceptance = self.arms[name]
+        others = [other for other in self.arms.values() if other is not acceptance]
+        surprise = sum(other.surprise for other in others)
+        num_trials = sum(other.num_trials for other in others)
+        shift = self._common * surprise / (num_trials + acceptance.prior_trials)
+        return acceptance.rate_given(min(max(acceptance.prior_rate + shift, 0.0), 1.0))
 
 
 @dataclass
@@ -195,16 +240,25 @@ class Acceptance:
     num_rounds: int = 0
     num_read: int = 0  # of the sequence's tokens, those that the drafter has seen
     num_resting: int = 0  # rounds for which it is not to be chosen again
+    num_plain: int = 0  # rounds since it drafted last
+    num_trials: float = 0.0  # verdicts
     _num_accepted: float = 0.0
-    _num_trials: float = 0.0
-    _num_plain: int = 0
     _patience: float = _PATIENCE
     _rest: int = _REST
 
     @property
     def rate(self) -> float:
         """Accepted tokens over those on which there was a verdict."""
-        return (self._num_accepted + self.prior_rate * self.prior_trials) / (self._num_trials + self.prior_trials)
+        return self.rate_given(self.prior_rate)
+
+    def rate_given(self, prior_rate: float) -> float:
+        """The same with another belief before the first verdict."""
+        return (self._num_accepted + prior_rate * self.prior_trials) / (self.num_trials + self.prior_trials)
+
+    @property
+    def surprise(self) -> float:
+        """How many more tokens were accepted than forecast."""
+        return self._num_accepted - self.num_trials * self.prior_rate
 
     def add(self, num_accepted: int, num_drafted: int) -> None:
         """Counts one round; after a rejection there is no verdict on what was drafted. Many plain rounds make it try again."""
@@ -212,14 +266,14 @@ class Acceptance:
         self.num_rounds += 1
         if num_drafted:
             self._num_accepted = self.memory * self._num_accepted + num_accepted
-            self._num_trials = self.memory * self._num_trials + num_accepted + (num_accepted < num_drafted)
+            self.num_trials = self.memory * self.num_trials + num_accepted + (num_accepted < num_drafted)
             self.num_tries = max(0, self.num_tries - 1)
-            self._num_plain = 0
+            self.num_plain = 0
             self._patience = max(_PATIENCE, 0.97 * self._patience)  # it paid for long: a pause may be by mistake
             return
-        self._num_plain += 1
-        if self._num_plain >= self._patience:
-            self._num_accepted, self._num_trials, self._num_plain, self.num_tries = 0.0, 0.0, 0, _NUM_TRIES
+        self.num_plain += 1
+        if self.num_plain >= self._patience:
+            self._num_accepted, self.num_trials, self.num_tries = 0.0, 0.0, _NUM_TRIES
             self._patience *= 2
 
     def leave(self) -> None:
@@ -232,7 +286,7 @@ class Acceptance:
     def fade(self) -> None:
         """Counts a round of another arm: what was seen is believed a little less."""
         self._num_accepted *= _FADING
-        self._num_trials *= _FADING
+        self.num_trials *= _FADING
         self.num_resting = max(0, self.num_resting - 1)
 
 

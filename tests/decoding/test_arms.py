@@ -2,10 +2,11 @@
 
 import random
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
-from specdecode.decoding.control import AdaptiveLength, FixedLength
+from specdecode.decoding.control import Acceptance, AdaptiveLength, Beliefs, FixedLength
 from specdecode.decoding.sequence import Arm, Round, Route, SamplingParams, Sequence
 from specdecode.errors import RequestError
 from tests.decoding.test_control import COSTS, LIMIT, best_length, speed
@@ -166,6 +167,36 @@ def test_returns_to_an_arm_that_disappoints_grow_rarer():
     begun = [n for n, name in enumerate(world.used) if name == "code" and world.used[n - 1] != "code"]
     assert len(begun) < 15
     assert world.used.count("code") < 0.05 * len(world.used)
+
+
+def test_what_one_arm_is_better_or_worse_than_forecast_moves_the_others():
+    """The formula of `Beliefs.rate`: one round, of whose two verdicts one is for a token that was forecast at 0.8."""
+    beliefs = Beliefs({name: Acceptance(prior_rate=rate) for name, rate in {"code": 0.8, "chat": 0.6, "generic": 0.1}.items()})
+    beliefs.add("code", 1, 4)
+    shift = 0.5 * 0.95 * (1 - 2 * 0.8) / (2 + 2)
+    assert beliefs.rate("code") == pytest.approx((1 + 2 * 0.8) / 4)
+    assert beliefs.rate("chat") == pytest.approx(0.6 + shift)
+    assert beliefs.rate("generic") == pytest.approx(0.1 + shift)
+    for _ in range(9):
+        beliefs.add("code", 0, 4)
+    assert beliefs.rate("generic") == 0
+    worst = beliefs.rate("chat")
+    for _ in range(60):
+        beliefs.add("code", 0, 4)
+    assert worst < 0.5 < beliefs.rate("chat") < 0.6  # so that it is tried in the end
+
+
+def test_another_try_waits_until_the_plain_rounds_have_paid_for_its_reading():
+    """Reading 50 tokens and those that were added takes as long as 40 rounds: it is worth a tenth of 400 at the earliest."""
+    world = Routed({"code": 0.05}, {"code": DEAR}, {"code": 0.8}, reading=0.01).rounds(100)  # learns what things take
+    world.reading = 0.8
+    world.route = Route("code", LIMIT)
+    world.policy._reading_times["code"].add(100, 80.0)
+    world.begin()
+    tried = [number for number, name in enumerate(world.rounds(400).used) if name == "code"]
+    pauses = [later - earlier for earlier, later in pairwise(tried) if later > earlier + 1]
+    assert tried[0] == 0
+    assert not pauses or min(pauses) > 300
 
 
 def test_a_change_that_the_rest_of_the_answer_does_not_pay_for_is_not_made():
