@@ -44,6 +44,16 @@ async def kill_target(bench: Bench, incident: Incident) -> None:
     _kill(bench, pid)
 
 
+async def kill_decoder(bench: Bench, incident: Incident) -> None:
+    """A target's decoder is killed in the middle of its answers, and takes the replica with it."""
+    view = await asyncio.to_thread(bench.application.view)
+    decoders = {target.decoder_pid: target.pid for target in view.targets}
+    pid = bench.choose(list(decoders))
+    bench.gone.add(decoders[pid])
+    bench.strike(incident)
+    _kill(bench, pid)
+
+
 async def kill_router(bench: Bench, incident: Incident) -> None:
     """A router's replica is killed, and the connections of its clients end."""
     pid = bench.choose((await asyncio.to_thread(bench.application.pids))["Router"])
@@ -149,6 +159,7 @@ FAULTS: Mapping[str, Strike] = {
     "draft killed": kill_draft,
     "draft stopped": stop_draft,
     "target killed": kill_target,
+    "decoder killed": kill_decoder,
     "router killed": kill_router,
     "client leaves": leave,
     "slow client": read_slowly,

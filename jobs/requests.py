@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from serve.config import DraftModelConfig, ServeConfig
-from serve.draft import model_drafter
+from serve.decoder import model_drafter
+from serve.models import part
 from serve.schema import NO_DRAFT
-from specdecode.backends.backend import ModelBackend, open_model
+from specdecode.backends.backend import ModelBackend, ModelConfig, open_model
 from specdecode.decoding.drafters import Drafter, RoutedDrafter
 from specdecode.decoding.loop import end_at, generate
 from specdecode.decoding.sequence import Round, Route, SamplingParams, Sequence
@@ -164,10 +165,10 @@ class Library:
     """
 
     def __init__(self, config: ServeConfig) -> None:
-        self._target: ModelBackend = open_model(config.target.model_config_only())
+        self._target: ModelBackend = open_model(part(ModelConfig, config.target))
         self._tokenizer = Tokenizer(config.target.model)
         drafters: dict[str, Drafter] = {
-            name: model_drafter(open_model(draft.model_config_only()), draft, ModelTokens.of(self._target))
+            name: model_drafter(open_model(part(ModelConfig, draft)), draft, ModelTokens.of(self._target))
             for name, draft in config.draft_models.items()
         }
         self._drafter = RoutedDrafter(drafters)

@@ -26,7 +26,7 @@ from specdecode.config import StrictModel
 
 logger = logging.getLogger("jobs.soak")
 
-_KILLS = ("draft killed", "target killed", "router killed")
+_KILLS = ("draft killed", "target killed", "decoder killed", "router killed")
 
 
 class SoakConfig(StrictModel):
@@ -53,7 +53,7 @@ class Sample:
 
     Attributes:
         at_s: since the load began.
-        role: the deployment.
+        role: the deployment, or Decoder.
         pid: the process.
         num_bytes: its memory.
     """
@@ -152,10 +152,13 @@ async def _keep_killing(bench: Bench, course: Course, records: Records, config: 
 
 
 async def _watch(bench: Bench, course: Course, records: Records, config: SoakConfig, started: float) -> None:
-    """Measures the memory of all replicas, for ever."""
+    """Measures the memory of all replicas and decoders, for ever."""
     while True:
-        for role, pids in (await asyncio.to_thread(attempt, bench.application.pids) or {}).items():
-            for pid in pids:
+        pids = await asyncio.to_thread(attempt, bench.application.pids) or {}
+        view = await asyncio.to_thread(attempt, bench.application.view)
+        decoders = {"Decoder": [target.decoder_pid for target in view.targets]} if view else {}
+        for role, found in (pids | decoders).items():
+            for pid in found:
                 sample = Sample(time.monotonic() - started, role, pid, resident_bytes(pid))
                 course.samples.append(sample)
                 records.add("sample", sample)

@@ -12,7 +12,8 @@ from ray import serve
 from ray.serve import Application
 
 from serve.config import ServeConfig
-from serve.draft import PLAIN, DraftServer
+from serve.decoder import PLAIN
+from serve.draft import DraftServer
 from serve.reader import Defaults
 from serve.router import Router
 from serve.served import DraftModel

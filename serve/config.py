@@ -1,7 +1,6 @@
 """How a deployment is set up: the arguments of `serve.app:build`, as a Serve config file holds them."""
 
 import inspect
-import ssl
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
@@ -9,10 +8,8 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig
 
 from serve.canary import CanaryConfig
-from specdecode.backends.backend import ModelConfig
+from serve.models import DrafterModel, NgramConfig, TargetModel, TlsConfig
 from specdecode.config import StrictModel, describe_validation_error
-from specdecode.decoding.drafters import DEFAULT_SUPPORT
-from specdecode.decoding.engine import EngineConfig
 from specdecode.decoding.sequence import VerifierName
 from specdecode.errors import ConfigError
 from specdecode.routing.router import RoutingConfig
@@ -114,25 +111,10 @@ class DeploymentConfig(StrictModel):
         return self
 
 
-class DeployedModel(ModelConfig):
-    """A model, and the deployment that it runs in."""
+class TargetConfig(TargetModel):
+    """The model whose output it is, its engine, and the deployment that it runs in."""
 
     deployment: DeploymentConfig = Field(default_factory=DeploymentConfig)
-
-    def model_config_only(self) -> ModelConfig:
-        """How the model is opened, without where it runs."""
-        return ModelConfig.model_validate({name: getattr(self, name) for name in ModelConfig.model_fields})
-
-
-class TargetConfig(DeployedModel):
-    """The model whose output it is, and its engine."""
-
-    engine: EngineConfig = Field(default_factory=EngineConfig)
-    stream_interval_s: float = Field(
-        default=0.05,
-        ge=0,
-        description="rounds of so long are sent on together, those of all streams at the same instants",
-    )
 
     def options(self) -> dict[str, Any]:
         """Those of the deployment; a replica of several processes reserves what it asks for as often, on one node."""
@@ -166,76 +148,11 @@ class TargetConfig(DeployedModel):
             raise ValueError(f"deployment.placement_group_strategy: expected STRICT_PACK with tp {self.tp}, got {strategy}")
         return self
 
-    @model_validator(mode="after")
-    def _check_rows(self) -> "TargetConfig":
-        if self.max_rows <= self.engine.max_batch:
-            raise ValueError(f"max_rows: expected more than engine.max_batch ({self.engine.max_batch}), got {self.max_rows}")
-        return self
 
+class DraftModelConfig(DrafterModel):
+    """A model that guesses, and the deployment that it may run in."""
 
-class _Lookup(StrictModel):
-    prompt_lookup_max: int = Field(
-        default=4, gt=0, description="the longest run of last tokens that is looked for in the text before"
-    )
-    prompt_lookup_min: int = Field(default=2, gt=0, description="the shortest such run")
-
-    @model_validator(mode="after")
-    def _check_lookup(self) -> "_Lookup":
-        if self.prompt_lookup_min > self.prompt_lookup_max:
-            limit, value = self.prompt_lookup_max, self.prompt_lookup_min
-            raise ValueError(f"prompt_lookup_min: expected at most prompt_lookup_max ({limit}), got {value}")
-        return self
-
-
-class NgramConfig(_Lookup):
-    """A draft that copies what followed the last tokens before; it is part of the target's process."""
-
-    method: Literal["ngram"]
-
-
-class DraftModelConfig(DeployedModel, _Lookup):
-    """A model that guesses."""
-
-    method: Literal["draft_model"] = "draft_model"
-    placement: Literal["deployment", "local"] = Field(
-        default="deployment", description="a deployment of its own, or local: in the target's process, on its device"
-    )
-    support: int = Field(default=DEFAULT_SUPPORT, gt=0, le=4096, description="how many tokens each q covers at the most")
-    min_confidence: float = Field(
-        default=0.0, ge=0, le=1, description="a draft ends where its model gives all of it less than this probability"
-    )
-    lookup_first: bool = Field(default=False, description="ask the model only where a lookup as of method ngram finds nothing")
-    idle_share: float = Field(
-        default=0.0,
-        ge=0,
-        le=0.5,
-        description="how much of its time, of 1, it may read answers that others drafted, while it has nothing else to do: "
-        "the learned router is told how it would have done",
-    )
-    run_ahead: bool = Field(
-        default=False,
-        description="draft on while the target verifies, as if it accepted everything; for a draft with a device of its own",
-    )
-    deadline_s: float = Field(default=2.0, gt=0, description="an answer that takes longer is not waited for")
-    retry_after_s: float = Field(default=1.0, ge=0, description="how long nothing is asked after a failure")
-
-    @property
-    def is_deployed(self) -> bool:
-        """Whether it has a deployment of its own."""
-        return self.placement == "deployment"
-
-    @model_validator(mode="after")
-    def _check_tp(self) -> "DraftModelConfig":
-        if self.tp > 1:
-            raise ValueError(f"tp: expected 1 of a draft, got {self.tp}")
-        return self
-
-    @model_validator(mode="after")
-    def _check_lookup_first(self) -> "DraftModelConfig":
-        for name, field in _Lookup.model_fields.items():
-            if not self.lookup_first and getattr(self, name) != field.default:
-                raise ValueError(f"{name}: of use only with lookup_first, or with method ngram")
-        return self
+    deployment: DeploymentConfig = Field(default_factory=DeploymentConfig)
 
 
 def _method(draft: Any) -> str | None:
@@ -249,42 +166,9 @@ DraftConfig = Annotated[
 ]
 
 
-class TlsConfig(StrictModel):
-    """Certificates for the connections between targets and drafts, as PEM files that every node has."""
-
-    certificate: str = Field(description="the draft's certificate, with those that sign it")
-    key: str = Field(description="its private key")
-    authority: str = Field(description="who must have signed it; the certificate itself if it is self-signed")
-
-    def server_context(self) -> ssl.SSLContext:
-        """What a draft shows; raises a `ConfigError` if the files cannot be used."""
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        try:
-            context.load_cert_chain(self.certificate, self.key)
-        except OSError as error:  # ssl.SSLError is one
-            raise ConfigError(f"exchange.tls: {self.certificate} with {self.key} cannot be used: {error}") from error
-        return context
-
-    def client_context(self) -> ssl.SSLContext:
-        """What a target insists on; the name in the certificate is not compared, as a draft may run on any node.
-
-        Raises:
-            ConfigError: the file cannot be used.
-        """
-        try:
-            context = ssl.create_default_context(cafile=self.authority)
-        except OSError as error:
-            raise ConfigError(f"exchange.tls: authority: {self.authority} cannot be used: {error}") from error
-        context.check_hostname = False
-        return context
-
-
 class ExchangeConfig(StrictModel):
     """How targets and deployed drafts talk to each other."""
 
-    transport: Literal["tcp", "handle"] = Field(
-        default="tcp", description="tcp: a connection beside Serve; handle: a Serve call each round, to compare with"
-    )
     ports: list[int] | None = Field(
         default=None, min_length=2, max_length=2, description="the first and the last port to listen on; any if unset"
     )
@@ -296,13 +180,6 @@ class ExchangeConfig(StrictModel):
     def port_range(self) -> range | None:
         """The ports to try."""
         return None if self.ports is None else range(self.ports[0], self.ports[1] + 1)
-
-    @model_validator(mode="after")
-    def _check_transport(self) -> "ExchangeConfig":
-        for name in ("ports", "tls"):
-            if self.transport == "handle" and getattr(self, name) is not None:
-                raise ValueError(f"{name}: of use only with transport tcp")
-        return self
 
     @model_validator(mode="after")
     def _check_ports(self) -> "ExchangeConfig":

@@ -15,15 +15,13 @@ from ray import serve
 from ray.serve.exceptions import RayServeException
 
 from serve.config import DraftModelConfig, ExchangeConfig
+from serve.decoder import Offer, cache_fault, model_drafter, plain_engine
 from serve.generation import Generation, Item, TargetInfo, answer
-from serve.lease import Offer
 from serve.log import begin_log
 from serve.metrics import METRICS_PERIOD_S, Metrics
+from serve.models import part
 from serve.worker import EngineThread
-from specdecode.backends.backend import ModelBackend, open_model
-from specdecode.backends.huggingface import HuggingFaceBackend
-from specdecode.decoding.drafters import ModelDrafter, NoDrafter
-from specdecode.decoding.engine import Engine, EngineConfig
+from specdecode.backends.backend import ModelConfig, open_model
 from specdecode.exchange.connection import Limits
 from specdecode.exchange.listener import Listener
 from specdecode.exchange.messages import ModelTokens
@@ -31,9 +29,7 @@ from specdecode.exchange.scheduler import DraftScheduler, SchedulerConfig
 from specdecode.routing.scoring import Budget, read_within
 
 LOOPBACK = "127.0.0.1"
-# Of a draft that is asked by its own name; few at a time, since others wait for what it drafts.
 _STREAM_INTERVAL_S = 0.05
-PLAIN = EngineConfig(max_batch=4, max_queued=64, draft_length="fixed")
 
 
 @dataclass(frozen=True)
@@ -64,7 +60,7 @@ class DraftServer:
         self, name: str, config: DraftModelConfig, exchange: ExchangeConfig
     ) -> None:
         begin_log(config.model)
-        backend = open_model(config.model_config_only())
+        backend = open_model(part(ModelConfig, config))
         scheduling = SchedulerConfig(max_batch=config.max_rows, run_ahead=config.run_ahead)
         scheduler = DraftScheduler(partial(model_drafter, backend, config), scheduling)
         limits = Limits(max_sessions=exchange.max_sessions, max_frame_bytes=exchange.max_frame_bytes)
@@ -146,30 +142,6 @@ class DraftServer:
             self._metrics.add("specdecode_run_ahead_used_tokens", counted.num_ahead_used - num_used, name)
             num_ahead, num_used = counted.num_ahead, counted.num_ahead_used
             await asyncio.sleep(METRICS_PERIOD_S)
-
-
-def cache_fault(backend: ModelBackend) -> str | None:
-    """What the backend's cache finds wrong with itself."""
-    if isinstance(backend, HuggingFaceBackend):
-        try:
-            backend.check_cache()
-        except AssertionError as error:
-            return str(error) or "a check failed"
-    return None
-
-
-def model_drafter(backend: ModelBackend, config: DraftModelConfig, target: ModelTokens) -> ModelDrafter:
-    """Makes a drafter of the open model `backend`, as its configuration says.
-
-    Raises:
-        ModelError: its vocabulary has too little in common with the target's.
-    """
-    return ModelDrafter.between(backend, target, support=config.support, min_confidence=config.min_confidence)
-
-
-def plain_engine(backend: ModelBackend) -> Engine:
-    """Makes what a draft model answers with when it is asked by its own name."""
-    return Engine(backend, NoDrafter(), PLAIN)
 
 
 def replica_id() -> str:

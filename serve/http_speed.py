@@ -21,9 +21,10 @@ import torch
 from pydantic import Field
 
 from serve.config import DraftModelConfig, ServeConfig
-from serve.draft import model_drafter
+from serve.decoder import model_drafter
+from serve.models import part
 from serve.schema import NO_DRAFT
-from specdecode.backends.backend import open_model
+from specdecode.backends.backend import ModelConfig, open_model
 from specdecode.config import StrictModel
 from specdecode.decoding.drafters import Drafter, RoutedDrafter
 from specdecode.decoding.engine import Engine
@@ -72,7 +73,7 @@ def measure_http(config: HttpSpeedConfig) -> Iterator[HttpSpeedRow]:
     torch.set_num_threads(config.num_threads)
     deployment = load_deployment(config.serve, config.port)
     serving = deployment.config
-    target = open_model(serving.target.model_config_only())
+    target = open_model(part(ModelConfig, serving.target))
     drafter = _drafter(config, serving, ModelTokens.of(target))
     engine = Engine(target, drafter, serving.target.engine)
     route = Route() if config.draft == NO_DRAFT else Route(config.draft, config.K)
@@ -99,7 +100,7 @@ def _drafter(config: HttpSpeedConfig, serving: ServeConfig, target: ModelTokens)
     draft = serving.drafts.get(config.draft)
     if not isinstance(draft, DraftModelConfig) or draft.is_deployed:
         raise ConfigError(f"draft: expected a local draft model of {config.serve}, or {NO_DRAFT}, got {config.draft!r}")
-    return RoutedDrafter({config.draft: model_drafter(open_model(draft.model_config_only()), draft, target)})
+    return RoutedDrafter({config.draft: model_drafter(open_model(part(ModelConfig, draft)), draft, target)})
 
 
 def _run_engine(engine: Engine, prompts: list[list[int]], route: Route, config: HttpSpeedConfig) -> _Run:

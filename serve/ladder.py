@@ -4,24 +4,30 @@ from serve.cluster import connected  # isort: skip  # before all else that impor
 
 import asyncio
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
+from uuid import uuid4
 
 import numpy as np
 import ray
 from pydantic import Field
 from ray import serve
+from ray.serve.handle import DeploymentHandle
 
 from serve.config import DraftModelConfig, ExchangeConfig
-from serve.draft import DraftServer, model_drafter
-from serve.lease import HandleChannel, Offer
+from serve.decoder import Offer, model_drafter
+from serve.draft import DraftServer
 from specdecode.backends.backend import create_backend
 from specdecode.config import StrictModel
 from specdecode.decoding.sequence import Route, SamplingParams, Sequence
-from specdecode.exchange.channel import Channel, InProcessChannel, TcpChannel
-from specdecode.exchange.messages import ModelTokens
+from specdecode.exchange.channel import Channel, Frame, InProcessChannel, TcpChannel
+from specdecode.exchange.frames import HEADER_BYTES, decode_header
+from specdecode.exchange.messages import ExchangeError, ModelTokens
 from specdecode.exchange.remote import RemoteDrafter
 from specdecode.exchange.scheduler import DraftScheduler
 
@@ -119,3 +125,36 @@ def _channels(target: ModelTokens, draft: DraftModelConfig) -> Iterator[dict[Run
             serve.delete(_APPLICATION)
             loop.call_soon_threadsafe(loop.stop)
             thread.join()
+
+
+class HandleChannel:
+    """A channel that is a Serve handle: every round is a call."""
+
+    def __init__(self, exchange: DeploymentHandle, target: ModelTokens, loop: asyncio.AbstractEventLoop) -> None:
+        self._exchange = exchange
+        self._target = target
+        self._loop = loop
+        self._caller = uuid4().hex
+        self._calls: list[Future[bytes]] = []
+
+    def send(self, frame: bytes) -> None:
+        """See `Channel.send`."""
+        self._calls.append(asyncio.run_coroutine_threadsafe(self._call(frame), self._loop))
+
+    def receive(self, deadline: float) -> Frame:
+        """See `Channel.receive`."""
+        try:
+            frame = self._calls.pop(0).result(max(0.0, deadline - time.monotonic()))
+        except FutureTimeoutError as error:
+            raise ExchangeError("late", "no answer in time") from error
+        except Exception as error:  # whatever a call through Serve may raise
+            raise ExchangeError("gone", f"the call failed: {error!r}") from error
+        return Frame(decode_header(frame[:HEADER_BYTES]), frame[HEADER_BYTES:])
+
+    def close(self) -> None:
+        """See `Channel.close`."""
+        for call in self._calls:
+            call.cancel()
+
+    async def _call(self, frame: bytes) -> bytes:
+        return await self._exchange.remote(self._caller, self._target, frame)

@@ -12,15 +12,15 @@ from collections.abc import Sequence as Several
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from ray.serve import metrics
-
 from serve.schema import NO_DRAFT
 from specdecode.decoding.engine import Engine
 from specdecode.decoding.metrics import DecodingMetrics
 from specdecode.decoding.sequence import Round, Sequence
 from specdecode.exchange.remote import RemoteDrafter
 
-if TYPE_CHECKING:  # whose requests are counted here, and who does so
+if TYPE_CHECKING:  # whose requests are counted here, and who does so; Ray is not needed to collect
+    from ray.serve import metrics
+
     from serve.access import Access
 
 _NO_DOMAIN = "none"  # as long as nothing tells domains apart
@@ -80,6 +80,15 @@ METRICS: Mapping[str, Metric] = {
 _Key = tuple[str, tuple[str, ...]]
 
 
+@dataclass(frozen=True)
+class Collected:
+    """Numbers on their way: what counters grew by, what histograms are to take in, and where gauges are; by name and labels."""
+
+    sums: dict[_Key, float]
+    values: dict[_Key, list[float]]
+    levels: dict[_Key, float]
+
+
 class Metrics:
     """Collects numbers by the names of `METRICS`, with the values of their labels in order. For any thread."""
 
@@ -105,18 +114,22 @@ class Metrics:
         with self._lock:
             self._levels[name, labels] = value
 
-    def export(self) -> None:
-        """Hands over what was collected since the last time."""
+    def drain(self) -> Collected:
+        """Takes out what was collected since the last time."""
         with self._lock:
-            sums, self._sums = self._sums, defaultdict(float)
-            values, self._values = self._values, defaultdict(list)
-            levels, self._levels = self._levels, {}
-        for (name, labels), value in sums.items():
+            collected = Collected(dict(self._sums), dict(self._values), self._levels)
+            self._sums, self._values, self._levels = defaultdict(float), defaultdict(list), {}
+        return collected
+
+    def export(self, collected: Collected | None = None) -> None:
+        """Hands over what was collected since the last time, here or where Ray is not."""
+        collected = collected or self.drain()
+        for (name, labels), value in collected.sums.items():
             if value > 0:
                 self._instrument(name).inc(value, tags=_tags(name, labels))
-        for (name, labels), level in levels.items():
+        for (name, labels), level in collected.levels.items():
             self._instrument(name).set(level, tags=_tags(name, labels))
-        for (name, labels), observed in values.items():
+        for (name, labels), observed in collected.values.items():
             for value in observed:
                 self._instrument(name).observe(value, tags=_tags(name, labels))
 
@@ -128,6 +141,8 @@ class Metrics:
 
     def _instrument(self, name: str) -> "metrics.Counter | metrics.Gauge | metrics.Histogram":
         """What Ray has for the metric; made once, in the replica that uses it."""
+        from ray.serve import metrics
+
         if name not in self._instruments:
             metric = METRICS[name]
             match metric.kind:

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import os
 from tempfile import TemporaryDirectory
 
 import ray
@@ -10,10 +9,11 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from serve.log import begin_log
+from serve.process import end_replica
 from specdecode.backends.backend import ModelConfig, open_model
 from specdecode.backends.huggingface import HuggingFaceBackend
 from specdecode.backends.ranks import join
-from specdecode.errors import ConfigError, ModelError
+from specdecode.errors import ConfigError
 
 logger = logging.getLogger("ray.serve")
 
@@ -25,17 +25,19 @@ class Rank:
         """Has its part of the model, and makes every pass that the first process makes."""
         begin_log(config.model)
         join(rank, config.tp, folder)
-        _open(config).follow()
+        model = open_model(config)
+        assert isinstance(model, HuggingFaceBackend)
+        model.follow()
 
 
 class Ranks:
-    """All processes of a model, of which this replica is the first.
+    """The further processes of a model; the first is to join them.
 
     Args:
         config: the model; `tp` processes have it.
 
     Attributes:
-        backend: the model.
+        folder: where all processes find each other.
 
     Raises:
         ConfigError: the replica has no placement group with a bundle for each.
@@ -46,38 +48,16 @@ class Ranks:
         num_bundles = 0 if group is None else group.bundle_count
         if group is None or num_bundles < config.tp:
             raise ConfigError(f"tp: expected a placement group with {config.tp} bundles, got {num_bundles}")
-        self._folder = TemporaryDirectory(prefix="ranks-")  # where the processes find each other, for this user alone
+        self._folder = TemporaryDirectory(prefix="ranks-")  # for this user alone
+        self.folder = self._folder.name
         self._actors = [_actor(group, rank) for rank in range(1, config.tp)]  # they end when nobody holds them any more
-        self._following = [
-            actor.follow.remote(config, rank, self._folder.name) for rank, actor in enumerate(self._actors, start=1)
-        ]
-        join(0, config.tp, self._folder.name)
-        self.backend = _open(config)
+        self._following = [actor.follow.remote(config, rank, self.folder) for rank, actor in enumerate(self._actors, start=1)]
 
     async def watch(self) -> None:
         """Ends this process once one of the others has ended: it may wait for that in the midst of a pass, for ever."""
         following = [asyncio.wrap_future(reference.future()) for reference in self._following]
         ended, _ = await asyncio.wait(following, return_when=asyncio.FIRST_COMPLETED)
-        _end(f"a further process of it has ended: {ended.pop().exception()!r}")
-
-    def end_if_lost(self) -> None:
-        """Ends this process if a pass has failed, after which there is no other."""
-        try:
-            self.backend.check()
-        except ModelError as error:
-            _end(str(error))
-
-
-def _open(config: ModelConfig) -> HuggingFaceBackend:
-    backend = open_model(config)
-    assert isinstance(backend, HuggingFaceBackend)
-    return backend
-
-
-def _end(reason: str) -> None:
-    """Ends this process. It is replaced then, and what it did is taken up elsewhere; an error would go to the clients."""
-    logger.error("the model is lost, and this replica with it: %s", reason)
-    os._exit(1)
+        end_replica(f"a further process of it has ended: {ended.pop().exception()!r}")
 
 
 def _actor(group: PlacementGroup, rank: int) -> "ray.actor.ActorHandle":

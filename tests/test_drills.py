@@ -299,6 +299,7 @@ def test_a_fault_may_cost_time_only(incident: Incident, met: list[Attempt], is_e
 def target(**changes: Any) -> TargetState:
     values: dict[str, Any] = {
         "pid": 1,
+        "decoder_pid": 2,
         "num_running": 0,
         "num_queued": 0,
         "num_streams": 0,

@@ -43,6 +43,12 @@ class Serving:
         commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes().decode() for pid in descendants(self.pid)}
         return [pid for pid, command in commands.items() if command.startswith(name)]
 
+    @property
+    def decoders(self) -> list[int]:
+        """The processes that decode, one of each target."""
+        commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes().decode() for pid in descendants(self.pid)}
+        return [pid for pid, command in commands.items() if "\0serve.host\0" in command]
+
     def lines(self, *parts: str) -> list[str]:
         """The lines of its log that hold all of the parts."""
         return [line for line in self.log.read_text(errors="replace").splitlines() if all(part in line for part in parts)]
@@ -54,6 +60,13 @@ class Serving:
             assert time.monotonic() < end, f"{parts}: {number} lines expected, got {found}"
             time.sleep(0.05)
         return found
+
+    def wait_for_targets(self, number: int, timeout_s: float = 60) -> None:
+        """Returns once so many targets decode."""
+        end = time.monotonic() + timeout_s
+        while len(self.decoders) < number:
+            assert time.monotonic() < end, f"{number} targets expected, got {self.decoders}"
+            time.sleep(0.2)
 
     def wait_until_serving(self, timeout_s: float = 60) -> None:
         """Returns once `/health` answers 200."""

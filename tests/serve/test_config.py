@@ -133,7 +133,6 @@ def test_the_command_says_it_in_one_line_and_exits_with_2(tmp_path: Path) -> Non
         ({"transport": "udp"}, "exchange.transport"),
         ({"max_sessions": 0}, "exchange.max_sessions"),
         ({"tls": {"certificate": "a.pem"}}, "exchange.tls.key"),
-        ({"transport": "handle", "ports": [1, 2]}, "ports: of use only with transport tcp"),
     ],
 )
 def test_a_mistake_in_the_exchange_is_one_line(exchange: dict[str, Any], expected: str) -> None:

@@ -5,8 +5,9 @@ from functools import partial
 import pytest
 
 from serve.config import DraftModelConfig
-from serve.draft import model_drafter
-from specdecode.backends.backend import ModelBackend, open_model
+from serve.decoder import model_drafter
+from serve.models import part
+from specdecode.backends.backend import ModelBackend, ModelConfig, open_model
 from specdecode.decoding.drafters import ModelDrafter
 from specdecode.decoding.sequence import Draft, Route, SamplingParams, Sequence
 from specdecode.errors import ModelError
@@ -26,7 +27,7 @@ def sequences(tokenizer: Tokenizer) -> list[Sequence]:
 def replica(model: str = "tiny/draft-code", **config: object) -> DraftScheduler:
     """What a replica drafts with, as it makes it of its configuration."""
     settings = DraftModelConfig.model_validate({"model": model, **config})
-    return DraftScheduler(partial(model_drafter, open_model(settings.model_config_only()), settings))
+    return DraftScheduler(partial(model_drafter, open_model(part(ModelConfig, settings)), settings))
 
 
 def ask(schedule: DraftScheduler, asked: list[Sequence], target: ModelTokens) -> list[Draft]:

@@ -320,12 +320,16 @@ def stream(server: Serving, body: dict[str, Any], id: str, seen: Callable[[int],
     return {"text": "".join(choice["text"] for choice in choices), "events": events, "usage": usage}
 
 
+@pytest.mark.parametrize("is_decoder", [False, True], ids=["replica", "decoder"])
 @pytest.mark.parametrize(
     "sampling", [{"seed": 11}, {"speculative_decoding": {"verifier": "coupled"}}], ids=["fixed K", "coupled"]
 )
-def test_streams_of_a_target_that_is_killed_are_gapless(two_targets: Serving, sampling: dict[str, Any]) -> None:
+def test_streams_of_a_target_that_is_killed_are_gapless(
+    two_targets: Serving, sampling: dict[str, Any], is_decoder: bool
+) -> None:
+    two_targets.wait_for_targets(2)
     body = {**BODY, "temperature": 0.9, "seed": 3, **sampling}
-    name = min(sampling)
+    name = f"{min(sampling)}-{is_decoder}"
     expected = stream(two_targets, body, f"{name}-before")
     kill = threading.Event()
 
@@ -336,7 +340,8 @@ def test_streams_of_a_target_that_is_killed_are_gapless(two_targets: Serving, sa
     with ThreadPoolExecutor(8) as pool:
         answers = [pool.submit(stream, two_targets, body, f"{name}-{number}", seen) for number in range(8)]
         assert kill.wait(60)
-        os.kill(min(two_targets.replicas("Target")), signal.SIGKILL)  # the one that has been there longer
+        processes = two_targets.decoders if is_decoder else two_targets.replicas("Target")
+        os.kill(min(processes), signal.SIGKILL)  # the one that has been there longer
         results = [answer.result() for answer in answers]
     assert [result["text"] for result in results] == [expected["text"]] * 8
     assert [result["usage"] for result in results] == [expected["usage"]] * 8

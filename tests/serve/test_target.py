@@ -37,6 +37,7 @@ def decode(prompt: list[int], params: SamplingParams) -> dict[str, list[Round]]:
         for name in DRAFTS:
             async for item in server.generate(Generation(prompt, params, Route(name, 4))):
                 rounds[name] += item if isinstance(item, list) else []
+        server._process.close()
         return rounds
 
     return asyncio.run(run())
