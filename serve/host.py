@@ -12,8 +12,9 @@ import queue
 import signal
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import aclosing
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import aclosing, contextmanager
 from multiprocessing.connection import Connection
 from typing import Any, Literal, NamedTuple
 
@@ -67,11 +68,9 @@ class Host:
         await asyncio.Event().wait()
 
     def _listen(self, loop: asyncio.AbstractEventLoop) -> None:
-        try:
+        with _ending():  # at once: nobody is there any more, and a pass may take long
             while True:
                 loop.call_soon_threadsafe(self._take, *self._connection.recv())
-        except (EOFError, OSError):
-            os._exit(0)  # nobody is there any more, and a pass may take long
 
     def _take(self, number: int, method: str | None, args: tuple[Any, ...]) -> None:
         """Begins a call, or ends it where there is no method."""
@@ -98,14 +97,12 @@ class Host:
             del self._tasks[number]
 
     def _send(self) -> None:
-        while True:
-            replies = [self._replies.get()]
-            while not self._replies.empty():
-                replies.append(self._replies.get())
-            try:
+        with _ending():
+            while True:
+                replies = [self._replies.get()]
+                while not self._replies.empty():
+                    replies.append(self._replies.get())
                 self._connection.send(replies)
-            except OSError:
-                os._exit(0)
 
 
 class _Forwarding(logging.handlers.QueueHandler):
@@ -118,6 +115,18 @@ class _Forwarding(logging.handlers.QueueHandler):
     def enqueue(self, record: logging.LogRecord) -> None:
         """See `QueueHandler.enqueue`."""
         self._replies.put(Reply(START, LOG, record))
+
+
+@contextmanager
+def _ending() -> Iterator[None]:
+    """Ends this process when the connection ends, or one of its two threads does by mistake: somebody would wait for ever."""
+    try:
+        yield
+    except (EOFError, OSError):
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
 
 
 def _portable(error: Exception) -> Exception:

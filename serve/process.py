@@ -107,11 +107,20 @@ class Process:
 
     def _listen(self) -> None:
         with suppress(RuntimeError):  # the loop is closed, and nobody waits any more
-            try:
-                while True:
-                    self._loop.call_soon_threadsafe(self._hand_out, self._connection.recv())
-            except (EOFError, OSError):
-                self._loop.call_soon_threadsafe(self._lose, self._process.wait())
+            while (replies := self._receive()) is not None:
+                self._loop.call_soon_threadsafe(self._hand_out, replies)
+            self._loop.call_soon_threadsafe(self._lose, self._process.wait())
+
+    def _receive(self) -> list[Reply] | None:
+        try:
+            replies: list[Reply] = self._connection.recv()
+        except (EOFError, OSError):
+            return None
+        except Exception:  # whatever there may be in it: what follows cannot be read either
+            logger.exception("process %d has said what cannot be read", self.pid)
+            self._process.kill()
+            return None
+        return replies
 
     def _hand_out(self, replies: list[Reply]) -> None:
         for reply in replies:

@@ -68,8 +68,8 @@ class TargetServer:
             ranks.folder if ranks else None,
             on_end=end_replica,
         )
-        self._watch = asyncio.create_task(ranks.watch()) if ranks else None
         await self._process.started()
+        self._watch = asyncio.create_task(ranks.watch()) if ranks else None
         models = {name: draft for name, draft in drafts.items() if isinstance(draft, DraftModelConfig)}
         self._readers = {
             name: self._reader(name, handles.get(name))

@@ -77,8 +77,21 @@ class Subject:
     async def block(self, seconds: float) -> None:
         time.sleep(seconds)
 
+    async def unsendable(self) -> object:
+        return lambda: None
+
+    async def unreadable(self) -> object:
+        return Unreadable()
+
     async def pid(self) -> int:
         return os.getpid()
+
+
+class Unreadable:
+    """Can be sent, and not be read."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (int, ("one",))
 
 
 class OddError(Exception):
@@ -212,6 +225,18 @@ def test_all_who_wait_hear_of_its_end() -> None:
 
     [ending] = run(test)
     assert "has ended with status -9" in ending
+
+
+@pytest.mark.parametrize(("method", "status"), [("unsendable", 1), ("unreadable", -9)])
+def test_what_cannot_be_said_is_its_end_and_nobody_waits_for_ever(method: str, status: int) -> None:
+    async def test(process: Process) -> None:
+        waiting = asyncio.create_task(process.call("wait"))
+        with pytest.raises(ChildProcessError, match=f"status {status}"):
+            await process.call(method)
+        with pytest.raises(ChildProcessError, match=f"status {status}"):
+            await waiting
+
+    assert len(run(test)) == 1
 
 
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM])
