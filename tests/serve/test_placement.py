@@ -314,16 +314,16 @@ def stream(server: Serving, draft: str, id: str, seen: Callable[[int], None]) ->
 
 
 def under_load(machines: Machines, name: str, kill: Callable[[], None]) -> list[str]:
-    """Kills something in the midst of eight answers; returns them."""
+    """Kills something in the midst of eight answers, each of which has begun; returns them."""
     begun = threading.Semaphore(0)
 
     def seen(number: int) -> None:
-        if number == 10:
+        if number == 5:
             begun.release()
 
     with ThreadPoolExecutor(8) as pool:
         answers = [pool.submit(stream, machines.server, "code", f"{name}-{number}", seen) for number in range(8)]
-        assert all(begun.acquire(timeout=60) for _ in range(4))
+        assert all(begun.acquire(timeout=60) for _ in range(8))
         kill()
         return [answer.result() for answer in answers]
 
