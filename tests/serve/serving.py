@@ -61,14 +61,17 @@ class Serving:
             time.sleep(0.05)
         return found
 
-    def wait_for_targets(self, number: int, timeout_s: float = 60) -> None:
-        """Returns once so many targets decode."""
+    def wait_for_targets(self, number: int, timeout_s: float = 150) -> None:
+        """Returns once so many targets are there, and each of them has answered a request."""
         end = time.monotonic() + timeout_s
-        while len(self.decoders) < number:
-            assert time.monotonic() < end, f"{number} targets expected, got {self.decoders}"
-            time.sleep(0.2)
+        while True:
+            targets = self.replicas("Target")
+            if len(targets) == number and all(self.lines(f"Target pid={pid})", "CALL generate OK") for pid in targets):
+                return
+            assert time.monotonic() < end, f"{number} targets expected, got {targets}"
+            httpx.post(f"{self.url}/v1/completions", json={"model": "tiny", "prompt": "x", "max_tokens": 1}, timeout=60)
 
-    def wait_until_serving(self, timeout_s: float = 60) -> None:
+    def wait_until_serving(self, timeout_s: float = 150) -> None:
         """Returns once `/health` answers 200."""
         end = time.monotonic() + timeout_s
         while True:

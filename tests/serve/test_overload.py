@@ -228,7 +228,7 @@ def test_the_only_target_gone_is_503_and_it_comes_back(small: Serving) -> None:
     assert response.headers["retry-after"] == "1"
     reader.join(60)
     assert statuses[0]["error"]["code"] == "unavailable"
-    for _ in range(100):
+    for _ in range(300):
         if httpx.post(f"{small.url}/v1/completions", json=BODY, timeout=30).status_code == 200:
             return
         time.sleep(0.5)
