@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import sys
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -187,7 +188,8 @@ class Decoder:
         try:
             self._backend.check()
         except ModelError as error:
-            logger.error("the model is lost: %s", error)
+            sys.stderr.write(f"the model is lost: {error}\n")  # what is logged would not be sent in time
+            sys.stderr.flush()
             os._exit(1)
 
 
