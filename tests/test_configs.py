@@ -50,6 +50,7 @@ MODELS: dict[str, type[BaseModel]] = {
     "tiny/distill_code.yaml": DraftTrainingConfig,
     "tiny/distill_generic.yaml": DraftTrainingConfig,
     "tiny/distill_reasoning.yaml": DraftTrainingConfig,
+    "tiny/distill_chat_deeper.yaml": DraftTrainingConfig,
     "tiny/distill_chat_further.yaml": DraftTrainingConfig,
     "tiny/distill_reasoning_further.yaml": DraftTrainingConfig,
     "tiny/drills.yaml": DrillsConfig,

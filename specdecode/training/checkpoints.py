@@ -1,9 +1,11 @@
 """Models and tokenizers in and out of Hugging Face folders."""
 
+import copy
 import json
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -67,6 +69,39 @@ def keep_first_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedMode
     return model
 
 
+def add_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
+    """Puts copies of the last decoder layer on top, in place, which add nothing to the stream until they are trained.
+
+    What they would add is multiplied by zero, as in block expansion (LLaMA Pro, arXiv 2401.02415), so that training starts from
+    the model's own loss.
+
+    Raises:
+        ModelError: the layers are not built as Llama's, with `self_attn.o_proj` and `mlp.down_proj`.
+    """
+    if num_layers == 0:
+        return model
+    check_new_layers(model)
+    layers = model.get_decoder().layers
+    for _ in range(num_layers):
+        layer = copy.deepcopy(layers[-1])
+        for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            for parameter in projection.parameters():
+                nn.init.zeros_(parameter)
+        layer.self_attn.layer_idx = len(layers)
+        layers.append(layer)
+    model.config.num_hidden_layers = len(layers)
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = [*model.config.layer_types, *[model.config.layer_types[-1]] * num_layers]
+    return model
+
+
+def check_new_layers(model: PreTrainedModel) -> None:
+    """Raises a `ModelError` unless the model's layers are built as Llama's; its weights do not matter."""
+    layer = next(iter(getattr(model.get_decoder(), "layers", [])), None)
+    if not hasattr(getattr(layer, "self_attn", None), "o_proj") or not hasattr(getattr(layer, "mlp", None), "down_proj"):
+        raise ModelError(f"model.new_layers: expected layers built as Llama's, which {type(model).__name__} does not have")
+
+
 def check_num_layers(shape: PretrainedConfig, num_layers: int) -> None:
     """Raises a `ModelError` if the model has fewer layers."""
     if num_layers > shape.num_hidden_layers:
@@ -84,10 +119,10 @@ def save_checkpoint(
         folder: where to.
         state: the model's weights, where it has only a share of them itself.
     """
-    copy = AutoModelForCausalLM.from_config(model.config).to(torch.bfloat16)
-    copy.load_state_dict(model.state_dict() if state is None else state)
-    copy.generation_config = model.generation_config
-    copy.save_pretrained(folder)
+    written = AutoModelForCausalLM.from_config(model.config).to(torch.bfloat16)
+    written.load_state_dict(model.state_dict() if state is None else state)
+    written.generation_config = model.generation_config
+    written.save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
 
 

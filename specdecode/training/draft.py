@@ -11,12 +11,20 @@ import pyarrow.parquet as pq
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from specdecode.config import StrictModel
 from specdecode.embedded import resolve_model
 from specdecode.errors import ConfigError, ModelError
-from specdecode.training.checkpoints import check_num_layers, keep_first_layers, load_model, load_shape, load_tokenizer
+from specdecode.training.checkpoints import (
+    add_layers,
+    check_new_layers,
+    check_num_layers,
+    keep_first_layers,
+    load_model,
+    load_shape,
+    load_tokenizer,
+)
 from specdecode.training.completions import CompletionConfig
 from specdecode.training.data import TRAINING, VALIDATION, DataConfig, read_blocks
 from specdecode.training.examples import Example, end_of_text
@@ -34,6 +42,7 @@ class DraftModelConfig(StrictModel):
     draft_model: str = Field(default="Qwen/Qwen2.5-1.5B", description="what is trained: a name or a folder")
     target_model: str | None = Field(default="Qwen/Qwen2.5-7B", description="what is learned from, or only compared with")
     num_layers: int | None = Field(default=None, gt=0, description="make a smaller draft of the first layers of draft_model")
+    new_layers: int = Field(default=0, ge=0, description="layers to put on top, which change nothing until they are trained")
 
 
 class DistillationConfig(StrictModel):
@@ -185,7 +194,9 @@ def _batch(examples: list[Example], config: TrainingConfig, tokenizer: PreTraine
 def load_draft(config: DraftModelConfig) -> PreTrainedModel:
     """The model to train."""
     draft = load_model(resolve_model(config.draft_model))
-    return draft if config.num_layers is None else keep_first_layers(draft, config.num_layers)
+    if config.num_layers is not None:
+        keep_first_layers(draft, config.num_layers)
+    return add_layers(draft, config.new_layers)
 
 
 def load_teacher(name: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -210,6 +221,9 @@ def check_models(config: DraftModelConfig) -> None:
     shape = load_shape(resolve_model(config.draft_model))
     if config.num_layers is not None:
         check_num_layers(shape, config.num_layers)
+    if config.new_layers:
+        with torch.device("meta"):
+            check_new_layers(AutoModelForCausalLM.from_config(shape))
     tokenizer = load_tokenizer(resolve_model(config.draft_model))
     if config.target_model is not None:
         load_shape(resolve_model(config.target_model))

@@ -105,6 +105,8 @@ def _recipe(config: dict[str, Any], command: str | None) -> str:
     start = f"`{model['draft_model']}`"
     if model["num_layers"]:
         start = f"the first {model['num_layers']} layer(s) of {start}"
+    if model.get("new_layers"):  # no field of older runs
+        start += f", with {model['new_layers']} new layer(s) on top that changed nothing at first,"
     if not distillation["enabled"]:
         return f"{how}\n\nIt began as {start} and was fine-tuned on the data's own text."
     answers = distillation["completions"]

@@ -9,19 +9,29 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, TrainerCallback, TrainerState
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    TrainerCallback,
+    TrainerState,
+)
 
 from specdecode.backends.backend import create_backend
 from specdecode.config import check_config
 from specdecode.errors import ConfigError, ModelError
 from specdecode.training import trainer
+from specdecode.training.checkpoints import load_model
 from specdecode.training.data import TRAINING, VALIDATION, validation_blocks, write_blocks
-from specdecode.training.draft import PROMPTS, DraftTrainingConfig, learn
+from specdecode.training.draft import PROMPTS, DraftModelConfig, DraftTrainingConfig, check_models, learn, load_draft
 from specdecode.training.examples import Example
 from specdecode.training.losses import LossConfig
 from specdecode.training.packing import Block
 from specdecode.training.teacher_cache import Annotator, check_teacher, note_teacher
 from specdecode.training.trainer import DraftTrainer, Pace
+from tests.conftest import SaveModel
 
 
 def config_of(values: dict[str, Any], **changes: Any) -> DraftTrainingConfig:
@@ -81,6 +91,40 @@ def test_what_validation_says_is_what_decoding_does(values: dict[str, Any], bloc
     assert result.validation["acceptance"] == pytest.approx(1, abs=1e-4)
     assert result.validation["agreement"] == pytest.approx(1)
     assert result.validation["accepted_length"] > 4
+
+
+@pytest.mark.parametrize("family", [LlamaConfig, Qwen2Config])  # without and with biases
+def test_new_layers_change_nothing_until_they_are_trained(family: type[PreTrainedConfig], save_model: SaveModel) -> None:
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    shape = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2} | heads
+    folder = save_model(family(**shape), 0)
+    config = DraftModelConfig(draft_model=folder, num_layers=1, new_layers=2)
+    start, grown = load_draft(config.model_copy(update={"new_layers": 0})), load_draft(config)
+    assert grown.config.num_hidden_layers == 3
+    tokens = torch.arange(40)[None]
+    torch.testing.assert_close(grown(tokens).logits, start(tokens).logits)
+    torch.testing.assert_close(  # each with keys and values of its own
+        grown(tokens[:, 30:], past_key_values=grown(tokens[:, :30]).past_key_values).logits, start(tokens).logits[:, 30:]
+    )
+    grown(tokens, labels=tokens).loss.backward()
+    for layer in grown.model.layers[1:]:
+        assert layer.self_attn.o_proj.weight.grad.any()
+        assert layer.mlp.down_proj.weight.grad.any()
+
+
+def test_new_layers_need_layers_as_llamas(save_model: SaveModel) -> None:
+    folder = save_model(GPT2Config(vocab_size=61, n_embd=32, n_layer=1, n_head=2), 0)
+    for check in (check_models, load_draft):  # the first of them before there is any work
+        with pytest.raises(ModelError, match=r"model.new_layers: expected layers .* which GPT2LMHeadModel does not have"):
+            check(DraftModelConfig(draft_model=folder, target_model=None, new_layers=1))
+
+
+def test_a_draft_is_trained_and_written_with_its_new_layers(values: dict[str, Any], blocks: Path) -> None:
+    config = config_of(values, model__new_layers=1, training__num_train_steps=3)
+    learn(config, blocks)
+    best = load_model(str(Path(config.training.output_dir) / "best"))
+    assert best.config.num_hidden_layers == 2
+    assert best.model.layers[1].mlp.down_proj.weight.any()
 
 
 def test_a_group_has_its_own_figures_though_a_batch_holds_several(

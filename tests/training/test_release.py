@@ -92,6 +92,14 @@ def test_the_card_names_public_models_and_data(draft: Path) -> None:
     assert "It began as `Qwen/Qwen2.5-1.5B` and was fine-tuned on the data's own text." in card
 
 
+def test_the_card_names_new_layers(draft: Path) -> None:
+    run = read_run(draft)
+    run["config"]["model"] |= {"draft_model": "tiny/draft-chat", "num_layers": None, "new_layers": 1}
+    assert "It began as `tiny/draft-chat`, with 1 new layer(s) on top that changed nothing at first, and" in model_card(
+        "draft", run
+    )
+
+
 def test_the_card_has_the_figures_of_each_source(draft: Path) -> None:
     run = read_run(draft)
     figures = {"loss": 1.5, "gsm8k_loss": 1.25, "aqua_rat_loss": 1.75}
