@@ -12,8 +12,7 @@ from serve.generation import Generation, Item, TargetInfo, answer
 from serve.metrics import Collected, Metrics, TargetMetrics
 from serve.models import DrafterModel, NgramConfig, TargetModel, TlsConfig, part
 from serve.worker import EngineThread
-from specdecode.backends.backend import ModelBackend, ModelConfig, open_model
-from specdecode.backends.huggingface import HuggingFaceBackend
+from specdecode.backends.backend import CachingBackend, ModelBackend, ModelConfig, open_model
 from specdecode.backends.ranks import join
 from specdecode.decoding.drafters import ChainDrafter, Drafter, ModelDrafter, NoDrafter, PromptLookupDrafter, RoutedDrafter
 from specdecode.decoding.engine import Engine, EngineConfig
@@ -184,7 +183,7 @@ class Decoder:
 
     def _end_if_lost(self) -> None:
         """Ends this process if a pass of several processes has failed, after which there is no other."""
-        assert isinstance(self._backend, HuggingFaceBackend)
+        assert isinstance(self._backend, CachingBackend)
         try:
             self._backend.check()
         except ModelError as error:
@@ -195,7 +194,7 @@ class Decoder:
 
 def cache_fault(backend: ModelBackend) -> str | None:
     """What the backend's cache finds wrong with itself."""
-    if isinstance(backend, HuggingFaceBackend):
+    if isinstance(backend, CachingBackend):
         try:
             backend.check_cache()
         except AssertionError as error:
@@ -219,4 +218,4 @@ def plain_engine(backend: ModelBackend) -> Engine:
 
 def _remembered(backend: ModelBackend) -> set[str]:
     """The sequences that have a row in the backend's cache."""
-    return {row.id for row in backend.cache.rows if row.id} if isinstance(backend, HuggingFaceBackend) else set()
+    return {row.id for row in backend.cache.rows if row.id} if isinstance(backend, CachingBackend) else set()

@@ -10,8 +10,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from serve.log import begin_log
 from serve.process import end_replica
-from specdecode.backends.backend import ModelConfig, open_model
-from specdecode.backends.huggingface import HuggingFaceBackend
+from specdecode.backends.backend import CachingBackend, ModelConfig, open_model
 from specdecode.backends.ranks import join
 from specdecode.errors import ConfigError
 
@@ -26,7 +25,7 @@ class Rank:
         begin_log(config.model)
         join(rank, config.tp, folder)
         model = open_model(config)
-        assert isinstance(model, HuggingFaceBackend)
+        assert isinstance(model, CachingBackend)
         model.follow()
 
 

@@ -140,3 +140,11 @@ def test_rays_mode_is_set_before_ray_is_imported(module: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}
     result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert set(result.stdout.split()) <= {"token"}
+
+
+# Each is a process that starts before anyone is served, and after each failure; these packages take it seconds.
+@pytest.mark.parametrize("module", ["serve.router", "serve.target", "serve.draft", "specdecode.cli"])
+def test_processes_without_a_model_import_none(module: str) -> None:
+    script = f"import sys, {module}; print(*sys.modules.keys() & {{'accelerate', 'torch._dynamo', 'sentence_transformers'}})"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, cwd=ROOT, check=True)
+    assert done.stdout.split() == []

@@ -6,13 +6,16 @@ Nothing here knows of drafts, acceptance or requests.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import torch
 from pydantic import Field, model_validator
 
 from specdecode.config import StrictModel
 from specdecode.errors import ModelError
+
+if TYPE_CHECKING:
+    from specdecode.backends.kv_cache import RowCache  # with transformers, which takes seconds to import
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,36 @@ class ModelBackend(Protocol):
     def num_remembered(self, tokens: list[int]) -> int:
         """How many leading tokens of a new sequence need not be computed, as things stand."""
         ...
+
+
+@runtime_checkable
+class CachingBackend(ModelBackend, Protocol):
+    """A backend that remembers sequences in rows of a cache, and may be one of several processes that have the model.
+
+    Attributes:
+        cache: the rows.
+    """
+
+    cache: "RowCache"
+
+    def check_cache(self) -> None:
+        """Asserts that the cache agrees with itself."""
+        ...
+
+    def check(self) -> None:
+        """Raises a `ModelError` if a pass has failed that other processes took part in; the model is then of no more use."""
+        ...
+
+    def follow(self) -> None:
+        """Makes every pass that the first of the model's processes makes, until that ends; for the others."""
+        ...
+
+
+def forget(*backends: ModelBackend) -> None:
+    """Empties the caches of those that have one, so that what comes next is read whole."""
+    for backend in backends:
+        if isinstance(backend, CachingBackend):
+            backend.cache.clear()
 
 
 class ModelConfig(StrictModel):

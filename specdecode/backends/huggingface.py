@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from specdecode.backends import flash, grouped
-from specdecode.backends.backend import ModelBackend, Row, check_devices
+from specdecode.backends.backend import Row, check_devices
 from specdecode.backends.kv_cache import RowCache
 from specdecode.backends.loading import eos_token_ids, load_model, mask_kinds, read_config, resolve_device, resolve_length
 from specdecode.backends.memory import readable_bytes, shape_cache
@@ -228,10 +228,3 @@ class HuggingFaceBackend:
 
     def _empty(self) -> torch.Tensor:
         return torch.empty(0, self.vocab_size, device=self.device, dtype=self.model.dtype)
-
-
-def forget(*backends: ModelBackend) -> None:
-    """Empties the caches of those that have one, so that what comes next is read whole."""
-    for backend in backends:
-        if isinstance(backend, HuggingFaceBackend):
-            backend.cache.clear()

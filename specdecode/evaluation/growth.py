@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from specdecode.backends.huggingface import forget
+from specdecode.backends.backend import forget
 from specdecode.backends.presets import make_backend
 from specdecode.config import StrictModel
 from specdecode.decoding.drafters import NoDrafter

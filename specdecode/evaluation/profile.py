@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 
-from specdecode.backends.backend import Row
-from specdecode.backends.huggingface import forget
+from specdecode.backends.backend import Row, forget
 from specdecode.config import StrictModel
 from specdecode.decoding.distributions import Distributions
 from specdecode.decoding.drafters import Drafter, NoDrafter

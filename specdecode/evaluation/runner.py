@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from specdecode.backends.backend import ModelBackend, open_model
-from specdecode.backends.huggingface import HuggingFaceBackend, forget
+from specdecode.backends.backend import ModelBackend, forget, open_model
+from specdecode.backends.huggingface import HuggingFaceBackend
 from specdecode.chance import chance
 from specdecode.decoding.control import AdaptiveLength, FixedLength, LengthPolicy
 from specdecode.decoding.drafters import Drafter, ModelDrafter, NoDrafter, RoutedDrafter

@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 
-from specdecode.backends.backend import ModelBackend, ModelConfig, Row, open_model
-from specdecode.backends.huggingface import forget
+from specdecode.backends.backend import ModelBackend, ModelConfig, Row, forget, open_model
 from specdecode.config import StrictModel
 from specdecode.decoding.control import AdaptiveLength
 from specdecode.decoding.drafters import Drafter, ModelDrafter, NoDrafter, RoutedDrafter

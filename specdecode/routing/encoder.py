@@ -15,7 +15,6 @@ from specdecode.backends.loading import read_config
 from specdecode.embedded import resolve_model
 from specdecode.errors import ModelError
 
-DEFAULT_ENCODER = "sentence-transformers/all-mpnet-base-v2"
 _STATIC = "static:"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence as Several
 
 import numpy as np
 
-from specdecode.routing.encoder import DEFAULT_ENCODER, load_encoder
+DEFAULT_ENCODER = "sentence-transformers/all-mpnet-base-v2"
 
 # Words and signs that a text of each domain has more of than others; hints, which the learned part weighs.
 _HINTS = {
@@ -57,6 +57,8 @@ class Features:
     """
 
     def __init__(self, encoder: str = DEFAULT_ENCODER, *, device: str | None = None, max_remembered: int = 4096) -> None:
+        from specdecode.routing.encoder import load_encoder  # sentence-transformers takes seconds to import
+
         self.encoder = encoder
         self._model = load_encoder(encoder, device)
         self._max_remembered = max_remembered

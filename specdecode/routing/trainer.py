@@ -16,9 +16,8 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traini
 from specdecode.chance import chance
 from specdecode.config import StrictModel
 from specdecode.errors import ConfigError
-from specdecode.routing.encoder import DEFAULT_ENCODER
 from specdecode.routing.examples import Examples, arms_of, gather
-from specdecode.routing.features import Features
+from specdecode.routing.features import DEFAULT_ENCODER, Features
 from specdecode.routing.model import FARTHEST, About, AcceptanceModel
 from specdecode.routing.records import Record, read_records
 from specdecode.routing.report import Report, report
