@@ -43,6 +43,7 @@ class Scores:
 
     Attributes:
         loss: the draft's cross-entropy on the texts, in nats per token.
+        entropy: of the draft's distributions there; as large as the loss where the texts are such as it would say.
         acceptance: the mean chance that a guess is accepted, sampled at temperature 1.
         accepted_length: the expected tokens of a sampled round, the target's own included.
         agreement: how often the draft's first choice is the target's.
@@ -51,6 +52,7 @@ class Scores:
     """
 
     loss: float
+    entropy: float
     acceptance: float
     accepted_length: float
     agreement: float
@@ -61,7 +63,7 @@ class Scores:
 @torch.inference_mode()
 def score(draft: PreTrainedModel, target: PreTrainedModel, texts: Several[Example], k: int, batch_size: int = 16) -> Scores:
     """Scores a draft on the learned places of texts, in rounds of `k` drafted tokens."""
-    losses, agrees = [], []
+    losses, entropies, agrees = [], [], []
     runs: list[np.ndarray] = []  # the chance of each place, and whether the draft's first choice is what comes there
     is_right: list[np.ndarray] = []
     for first in range(0, len(texts), batch_size):
@@ -72,6 +74,7 @@ def score(draft: PreTrainedModel, target: PreTrainedModel, texts: Several[Exampl
         )
         said = ids[:, 1:][places]
         losses.append(torch.nn.functional.cross_entropy(q.float(), said, reduction="none"))
+        entropies.append(torch.distributions.Categorical(logits=q.float(), validate_args=False).entropy())
         agrees.append(p.argmax(-1) == q.argmax(-1))
         for values, found in ((acceptance(p, q), runs), (q.argmax(-1) == said, is_right)):
             rows = np.zeros(is_scored.shape, dtype=values.numpy().dtype)
@@ -80,6 +83,7 @@ def score(draft: PreTrainedModel, target: PreTrainedModel, texts: Several[Exampl
     greedy = sum((count_rounds(row.tolist(), k) for row in is_right), Rounds())
     return Scores(
         loss=torch.cat(losses).mean().item(),
+        entropy=torch.cat(entropies).mean().item(),
         acceptance=float(np.concatenate(runs).mean()),
         accepted_length=expected_length(runs, k),
         agreement=torch.cat(agrees).float().mean().item(),

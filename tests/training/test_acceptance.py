@@ -78,6 +78,7 @@ def test_another_model_accepts_as_much_as_its_own_distribution_says(
     assert scores.accepted_length == pytest.approx(expected_length([chances.numpy()], 3), rel=1e-4)
     assert scores.agreement == pytest.approx((p.argmax(-1) == q.argmax(-1)).float().mean().item())
     assert scores.loss == pytest.approx(-q.log()[range(9), answer.tokens].mean().item(), rel=1e-4)
+    assert scores.entropy == pytest.approx(-(q * q.log()).sum(-1).mean().item(), rel=1e-4)
 
 
 def test_what_is_only_read_between_two_answers_ends_a_round(model: LlamaForCausalLM) -> None:
