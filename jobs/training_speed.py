@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from pydantic import Field
 from rich.table import Table
@@ -26,15 +28,16 @@ from specdecode.config import StrictModel, check_config
 from specdecode.embedded import resolve_model
 from specdecode.training.checkpoints import load_model, load_tokenizer
 from specdecode.training.data import TRAINING, VALIDATION, read_blocks, write_blocks
-from specdecode.training.draft import DraftTrainingConfig, learn
+from specdecode.training.draft import DraftModelConfig, DraftTrainingConfig, learn, shared_vocabulary
 from specdecode.training.losses import LossConfig
 from specdecode.training.packing import Block
 from specdecode.training.reporting import LoggingConfig
+from specdecode.training.teacher_cache import Annotator
 from specdecode.training.trainer import Collator, TrainingConfig, arguments
 
-Way = Literal["transformers alone", "fine-tuning", "distillation"]
+Way = Literal["transformers alone", "fine-tuning", "distillation", "distillation from a cache"]
 
-_WAYS: tuple[Way, ...] = ("transformers alone", "fine-tuning", "distillation")
+_CACHE = "cache"
 
 
 class TrainingSpeedConfig(StrictModel):
@@ -47,6 +50,7 @@ class TrainingSpeedConfig(StrictModel):
     sequence_length: int = Field(default=512, gt=1)
     precision: Literal["float32", "bfloat16"] = "float32"
     loss: LossConfig = Field(default_factory=LossConfig)
+    cached_top_k: int = Field(default=64, gt=0, description="how many tokens of the teacher's the cache holds at each place")
     num_threads: int = Field(default=2, gt=0)
     num_repeats: int = Field(default=5, gt=0)
 
@@ -68,11 +72,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(config: TrainingSpeedConfig) -> str:
-    found: dict[Way, list[dict[str, float]]] = {way: [] for way in _WAYS}
+    found: dict[Way, list[dict[str, float]]] = {way: [] for way in _WORK}
     with tempfile.TemporaryDirectory() as folder:
         _write_blocks(config, Path(folder))
+        _cache_teacher(config, Path(folder))
         for _ in range(config.num_repeats):
-            for way in _WAYS:
+            for way in _WORK:
                 found[way].append(_measured(way, config, Path(folder)))
     table = Table(title=f"{config.draft_model}, {config.per_device_batch_size} x {config.sequence_length} tokens a step")
     for column in ("way", "tok/s", "to transformers alone", "peak MiB"):
@@ -94,6 +99,21 @@ def _write_blocks(config: TrainingSpeedConfig, folder: Path) -> None:
 
     write_blocks(folder / TRAINING, [("training", [block() for _ in range(config.num_steps * config.per_device_batch_size)])])
     write_blocks(folder / VALIDATION, [("validation", [block()])])
+
+
+def _cache_teacher(config: TrainingSpeedConfig, folder: Path) -> None:
+    """Writes down what the teacher says of the blocks, as `jobs.cache_teacher` does, before anything is measured."""
+    models = DraftModelConfig(draft_model=config.draft_model, target_model=config.target_model)
+    annotator = Annotator(config.target_model, _cached(config).model_dump(), shared_vocabulary(models), "cpu")
+    (folder / _CACHE).mkdir()
+    for name in (TRAINING, VALIDATION):
+        blocks = pq.read_table(folder / name)
+        batches = [annotator(blocks.slice(first, 8)) for first in range(0, len(blocks), 8)]
+        pq.write_table(pa.concat_tables(batches), folder / _CACHE / name)
+
+
+def _cached(config: TrainingSpeedConfig) -> LossConfig:
+    return config.loss.model_copy(update={"top_k": config.cached_top_k})
 
 
 def _measured(way: Way, config: TrainingSpeedConfig, folder: Path) -> dict[str, float]:
@@ -141,12 +161,35 @@ def _alone(config: TrainingSpeedConfig, folder: Path, output_dir: str, clock: _C
     ).train()
 
 
-def _ours(config: TrainingSpeedConfig, folder: Path, output_dir: str, clock: _Clock, *, distils: bool) -> None:
+def _tuned(config: TrainingSpeedConfig, folder: Path, output_dir: str, clock: _Clock) -> None:
+    _learn(config, folder, output_dir, clock, target=None, distillation={"enabled": False})
+
+
+def _distilled(config: TrainingSpeedConfig, folder: Path, output_dir: str, clock: _Clock) -> None:
+    distillation = {"enabled": True, "loss": config.loss.model_dump()}
+    _learn(config, folder, output_dir, clock, target=config.target_model, distillation=distillation)
+
+
+def _distilled_from_cache(config: TrainingSpeedConfig, folder: Path, output_dir: str, clock: _Clock) -> None:
+    cache = folder / _CACHE
+    distillation = {"enabled": True, "loss": _cached(config).model_dump(), "teacher_cache": str(cache)}
+    _learn(config, cache, output_dir, clock, target=config.target_model, distillation=distillation)
+
+
+def _learn(
+    config: TrainingSpeedConfig,
+    folder: Path,
+    output_dir: str,
+    clock: _Clock,
+    *,
+    target: str | None,
+    distillation: dict[str, Any],
+) -> None:
     values = {
-        "model": {"draft_model": config.draft_model, "target_model": config.target_model if distils else None},
+        "model": {"draft_model": config.draft_model, "target_model": target},
         "data": {"domain": "generic", "dataset_name": "random"},
         "training": _training(config, output_dir).model_dump(),
-        "distillation": {"enabled": distils, "loss": config.loss.model_dump()},
+        "distillation": distillation,
     }
     learn(check_config(values, DraftTrainingConfig, where="training_speed"), folder, callbacks=[clock])
 
@@ -167,8 +210,9 @@ def _training(config: TrainingSpeedConfig, output_dir: str) -> TrainingConfig:
 
 _WORK: dict[Way, Callable[[TrainingSpeedConfig, Path, str, _Clock], None]] = {
     "transformers alone": _alone,
-    "fine-tuning": lambda *given: _ours(*given, distils=False),
-    "distillation": lambda *given: _ours(*given, distils=True),
+    "fine-tuning": _tuned,
+    "distillation": _distilled,
+    "distillation from a cache": _distilled_from_cache,
 }
 
 
