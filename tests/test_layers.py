@@ -1,6 +1,7 @@
 """Imports point down the layers, and Ray and HTTP stay at the edges."""
 
 import ast
+import importlib
 import os
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+import specdecode
 
 ROOT = Path(__file__).parent.parent
 LAYERS = {
@@ -148,3 +151,21 @@ def test_processes_without_a_model_import_none(module: str) -> None:
     script = f"import sys, {module}; print(*sys.modules.keys() & {{'accelerate', 'torch._dynamo', 'sentence_transformers'}})"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, cwd=ROOT, check=True)
     assert done.stdout.split() == []
+
+
+def test_the_command_line_asks_for_torch_only_when_it_decodes() -> None:
+    script = "import sys, specdecode.cli; print(*sys.modules.keys() & {'torch', 'transformers', 'ray'})"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, cwd=ROOT, check=True)
+    assert done.stdout.split() == []
+
+
+def test_every_public_name_is_there() -> None:
+    tree = ast.parse((ROOT / "specdecode/__init__.py").read_text(encoding="utf-8"))
+    shown = {alias.name: node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert set(specdecode.__all__) == specdecode._HOMES.keys() == shown.keys() - {"TYPE_CHECKING", "Any"}
+    for name in specdecode.__all__:
+        assert shown[name] == specdecode._HOMES[name]
+        assert getattr(specdecode, name) is getattr(importlib.import_module(shown[name]), name)
+        assert name in dir(specdecode)
+    with pytest.raises(AttributeError, match="module 'specdecode' has no attribute 'speculate'"):
+        _ = specdecode.speculate

@@ -53,6 +53,18 @@ CONTRASTS = """
 """
 
 
+# Notes when the first token of the speculative answer is there.
+WATCH = """
+() => {
+  window.asked = performance.now();
+  window.first = null;
+  const panel = document.querySelector("#speculative");
+  const look = () => { if (panel.querySelector(".sd-text span")) window.first ??= performance.now(); };
+  new MutationObserver(look).observe(panel, {childList: true, subtree: true});
+}
+"""
+
+
 @dataclass
 class Visit:
     """An open page, and what it complained of or asked elsewhere."""
@@ -151,6 +163,22 @@ def test_a_reader_without_a_mouse_runs_an_example(visit: Visit) -> None:
     assert page.locator("#plain .accepted").count() == 0
     assert chosen in page.locator("#choice").inner_text()
     assert "drafted on average" in page.locator("#chart figcaption").inner_text()
+
+
+def test_how_soon_something_is_seen(visit: Visit) -> None:
+    """`pytest tests/serve/test_browser.py -k how_soon -s` says in how many milliseconds."""
+    page = visit.page
+    visit.run()  # the first answer warms the models up
+    page.reload()
+    expect(page.locator("#run")).to_be_visible(timeout=TIMEOUT_MS)
+    painted = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
+    usable = page.evaluate("performance.now()")
+    page.evaluate(WATCH)
+    page.locator("#prompt textarea").press("Shift+Enter")
+    page.wait_for_function("window.first !== null", timeout=TIMEOUT_MS)
+    first = page.evaluate("window.first - window.asked")
+    print(f"\nfirst paint {painted:.0f} ms, usable {usable:.0f} ms, first token {first:.0f} ms after the key")
+    assert 0 < painted < usable
 
 
 def test_a_run_that_is_stopped_leaves_the_page_as_it_was_before(visit: Visit) -> None:
