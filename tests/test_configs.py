@@ -80,7 +80,7 @@ MODELS: dict[str, type[BaseModel]] = {
     "train_code.yaml": DraftTrainingConfig,
     "train_reasoning.yaml": DraftTrainingConfig,
 }
-SERVE_FILES = ("serve.yaml", "tiny/demo.yaml", "tiny/serve.yaml", "tiny/serve_pair.yaml")
+SERVE_FILES = ("serve.yaml", "tiny/demo.yaml", "tiny/serve.yaml", "tiny/serve_pair.yaml", "tiny/serve_pair_bfloat16.yaml")
 CLUSTER_FILES = ("cluster/on_premises.yaml", "cluster/rayservice.yaml")
 
 
