@@ -4,7 +4,7 @@ With more than one new token transformers copies the keys and values of all toke
 context that takes longer than to attend.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from specdecode.backends.kv_cache import Span
 
 NAME = "grouped_sdpa"  # among transformers' attention implementations
 
@@ -46,6 +48,7 @@ def attend(
     attention_mask: torch.Tensor | None,
     *,
     scaling: float | None = None,
+    spans: Sequence[Span] = (),
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attends as transformers' attention functions do; without a mask, or with more than that, it is transformers' own.
@@ -56,6 +59,7 @@ def attend(
         key, value: [rows, num_kv_heads, length, head_dim], views of the cache.
         attention_mask: [rows, 1, num_new, length], what is added to the scores, or whether a place is seen.
         scaling: of the scores.
+        spans: all rows, by how far they are to be read, beyond which they see nothing; all to the end if there are none.
         options: what transformers passes on besides.
 
     Returns:
@@ -68,7 +72,17 @@ def attend(
     mask = attention_mask[:, :, None].expand(-1, -1, group, -1, -1).flatten(2, 3)  # [rows, 1, group * num_new, length]
     # Of heads that share keys the queries lie one after the other.
     queries = query.reshape(num_rows, key.shape[1], group * num_new, -1)
-    attended = scaled_dot_product_attention(queries, key, value, attn_mask=mask, scale=scaling)
+    parts = [
+        scaled_dot_product_attention(
+            queries[first:last],
+            key[first:last, :, :end],
+            value[first:last, :, :end],
+            mask[first:last, ..., :end],
+            scale=scaling,
+        )
+        for first, last, end in [(span.first, span.last, span.length) for span in spans] or [(0, num_rows, key.shape[2])]
+    ]
+    attended = parts[0] if len(parts) == 1 else torch.cat(parts)
     return attended.reshape(num_rows, num_heads, num_new, -1).transpose(1, 2).contiguous(), None
 
 

@@ -15,6 +15,8 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 _LENGTH_STEP = 256
+# What one more call of attention costs, in tokens of a row that it would read in the same time.
+_CALL_TOKENS = 128
 
 
 @dataclass
@@ -27,6 +29,15 @@ class RowMemo:
 
 
 @dataclass(frozen=True)
+class Span:
+    """Rows [first, last) of a window, of which none holds more than the first `length` positions."""
+
+    first: int
+    last: int
+    length: int
+
+
+@dataclass(frozen=True)
 class Window:
     """The part of the cache that one forward pass works on: rows [first, last), the first `length` positions of each."""
 
@@ -34,6 +45,7 @@ class Window:
     last: int
     length: int
     slots: torch.Tensor  # [num_rows * num_new_tokens], where each new key goes, in units of positions
+    spans: tuple[Span, ...]  # all rows, so that what attention reads of them is little longer than they are
     copies: dict[torch.device, torch.Tensor] = field(default_factory=dict)  # of the slots, for layers on other devices
 
     def slots_on(self, device: torch.device) -> torch.Tensor:
@@ -108,10 +120,18 @@ class RowCache(Cache):
         position = np.array(ends)[:, None] - num_new + np.arange(num_new)  # [rows, num_new]
         position = np.where(position < np.array(starts)[:, None], self._length, position)
         slots = position + (np.arange(first, last) * stride)[:, None]
-        window = Window(first, last, max(ends), torch.from_numpy(slots.ravel()).to(device))
+        spans = split_rows(ends) if device.type == "cpu" else (Span(0, last - first, max(ends)),)
+        window = Window(first, last, max(ends), torch.from_numpy(slots.ravel()).to(device), spans)
         for layer in self.layers:
             layer.window = window
         return window
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """The rows of the open window, by what attention should read of them."""
+        window = self.layers[0].window
+        assert window is not None
+        return window.spans
 
     def remember(self, row: int, tokens: list[int]) -> None:
         """Notes that the row now holds the keys and values of exactly `tokens`."""
@@ -296,6 +316,27 @@ class RowLayer(CacheLayerMixin):
         rows, length = min(len(old), len(new)), min(old.shape[1], new.shape[1]) - 1
         new[:rows, :length] = old[:rows, :length]
         return new
+
+
+def split_rows(lengths: Sequence[int]) -> tuple[Span, ...]:
+    """Splits rows of these lengths, in their order, where reading all as long as the longest costs more than one more call.
+
+    Neighbours are joined from the first on, so that the split is good and not the best.
+    """
+    spans: list[Span] = []
+    for row, length in enumerate(lengths):
+        span = Span(row, row + 1, length)
+        while spans and _num_wasted(spans[-1], span) <= _CALL_TOKENS:
+            before = spans.pop()
+            span = Span(before.first, span.last, max(before.length, span.length))
+        spans.append(span)
+    return tuple(spans)
+
+
+def _num_wasted(one: Span, other: Span) -> int:
+    """How many tokens are read in vain if both are one."""
+    shorter = min(one, other, key=lambda span: span.length)
+    return (shorter.last - shorter.first) * abs(one.length - other.length)
 
 
 def common_prefix_length(one: list[int], other: list[int]) -> int:

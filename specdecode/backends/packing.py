@@ -17,6 +17,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2MLP
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3MLP
 
 from specdecode.backends import grouped
+from specdecode.backends.kv_cache import RowCache
 
 # The layout is chosen for products of so many rows; it is quicker than the plain one for one row as for hundreds.
 _NUM_ROWS = 4
@@ -77,7 +78,10 @@ class PackedAttention:
         query, key, value = (part.transpose(1, 2) for part in (*turned.split([num_heads, num_kv_heads], 2), value))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self._module.layer_idx)
-        attended, _ = grouped.attend(self._module, query, key, value, attention_mask, scaling=self._module.scaling, **options)
+        spans = past_key_values.spans if isinstance(past_key_values, RowCache) else ()
+        attended, _ = grouped.attend(
+            self._module, query, key, value, attention_mask, scaling=self._module.scaling, spans=spans, **options
+        )
         return self._output(attended.flatten(2)), None
 
 

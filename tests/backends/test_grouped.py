@@ -47,9 +47,11 @@ def test_keys_and_values_are_read_where_they_lie(folder: str, monkeypatch: pytes
     backend, seen = HuggingFaceBackend(folder), []
     attend = grouped.scaled_dot_product_attention
 
-    def watched(queries: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
+    def watched(
+        queries: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, **options: Any
+    ) -> torch.Tensor:
         seen.append((key.untyped_storage().data_ptr(), value.untyped_storage().data_ptr()))
-        attended: torch.Tensor = attend(queries, key, value, **options)
+        attended: torch.Tensor = attend(queries, key, value, mask, **options)
         return attended
 
     monkeypatch.setattr(grouped, "scaled_dot_product_attention", watched)

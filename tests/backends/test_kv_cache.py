@@ -3,14 +3,16 @@
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 
 import pytest
 import torch
 from transformers import LlamaConfig
 
+from specdecode.backends import grouped, kv_cache
 from specdecode.backends.backend import Row
 from specdecode.backends.huggingface import HuggingFaceBackend
-from specdecode.backends.kv_cache import RowCache, RowMemo, common_prefix_length
+from specdecode.backends.kv_cache import RowCache, RowMemo, Span, common_prefix_length, split_rows
 from tests.backends.recomputing import assert_equals_recomputed, random_tokens
 
 RNG = random.Random
@@ -34,8 +36,10 @@ def computed_tokens(backend: HuggingFaceBackend) -> Iterator[list[int]]:
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize(("max_rows", "prefill_chunk"), [(3, 4), (4, 32), (16, 512)])
-def test_any_interleaving_of_calls_equals_recomputing(target_folder, max_rows, prefill_chunk, seed):
+@pytest.mark.parametrize("call_tokens", [0, 10, 10_000])  # each row attends alone, neighbours together, and all
+def test_any_interleaving_of_calls_equals_recomputing(target_folder, max_rows, prefill_chunk, seed, call_tokens, monkeypatch):
     """Sequences grow, shrink, are rolled back, rewritten, replaced and evicted, in batches of any order."""
+    monkeypatch.setattr(kv_cache, "_CALL_TOKENS", call_tokens)
     backend, rng = HuggingFaceBackend(target_folder, max_rows=max_rows, prefill_chunk=prefill_chunk), RNG(seed)
     texts = {name: random_tokens(rng, rng.randint(1, 20)) for name in "abcdefg"}
     for _ in range(20):
@@ -183,6 +187,41 @@ def test_the_common_prefix_is_where_two_lists_first_differ():
         length = common_prefix_length(one, other)
         assert one[:length] == other[:length]
         assert length == min(len(one), len(other)) or one[length] != other[length]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rows_are_split_where_reading_in_vain_costs_more_than_a_call(seed):
+    rng = RNG(seed)
+    lengths = [rng.choice([rng.randint(1, 50), rng.randint(1, 2000)]) for _ in range(rng.randint(1, 64))]
+    spans = split_rows(lengths)
+    assert [row for span in spans for row in range(span.first, span.last)] == list(range(len(lengths)))
+    for span in spans:
+        assert span.length == max(lengths[span.first : span.last])
+    for one, other in pairwise(spans):
+        shorter, longer = sorted([one, other], key=lambda span: span.length)
+        assert (longer.length - shorter.length) * (shorter.last - shorter.first) > kv_cache._CALL_TOKENS
+
+
+def test_a_long_row_among_short_ones_is_read_alone():
+    assert split_rows([60] * 7 + [800] + [61] * 8) == (Span(0, 7, 60), Span(7, 8, 800), Span(8, 16, 61))
+    assert split_rows([100, 110, 105, 99]) == (Span(0, 4, 110),)
+    assert split_rows([5]) == (Span(0, 1, 5),)
+
+
+def test_attention_reads_each_span_as_long_as_it_is(backend, monkeypatch):
+    monkeypatch.setattr(kv_cache, "_CALL_TOKENS", 10)
+    seen, attend = [], grouped.scaled_dot_product_attention
+
+    def watched(queries, key, value, mask, **options):
+        seen.append((len(queries), key.shape[2], value.shape[2], mask.shape[-1]))
+        return attend(queries, key, value, mask, **options)
+
+    monkeypatch.setattr(grouped, "scaled_dot_product_attention", watched)
+    rows = [Row("a", list(range(30)), 1), Row("b", [1, 2, 3, 4], 1), Row("c", [5, 6, 7], 2)]
+    backend.logits([Row(row.id, row.tokens[:-2], 1) for row in rows])
+    seen.clear()
+    backend.logits(rows)
+    assert set(seen) == {(1, 30, 30, 30), (2, 4, 4, 4)}
 
 
 def test_a_batch_larger_than_the_cache_takes_several_passes(target_folder):
