@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from specdecode.decoding.metrics import expected_tokens
 from specdecode.decoding.sequence import Arm, Round, Sequence
 
 # A sequence is tried with drafts of at least so many tokens for so many rounds, whatever is expected: in the first the draft
@@ -171,7 +172,7 @@ class AdaptiveLength:
         if not self._verify_time.is_known:
             return acceptance
         k = np.arange(_limit(sequence) + 1)
-        tokens = (1 - acceptance ** (k + 1)) / (1 - acceptance)
+        tokens = expected_tokens(acceptance, k)
         times = np.where(k > 0, self._draft_time(name).at(k), 0.0) + self._verify_time.at(batch * (k + 1))
         return float((tokens / np.maximum(times, 1e-9)).max())
 
@@ -345,8 +346,8 @@ class _Group:
 
     def tokens(self, k: np.ndarray) -> np.ndarray:
         """Expected tokens of a round, summed over the sequences; `k` is [n, ...]."""
-        a = self.acceptance.reshape(-1, *[1] * (k.ndim - 1))
-        return ((1 - a ** (k + 1)) / (1 - a)).sum(0)
+        tokens: np.ndarray = expected_tokens(self.acceptance.reshape(-1, *[1] * (k.ndim - 1)), k).sum(0)
+        return tokens
 
     def time(self) -> float:
         """Seconds to draft."""

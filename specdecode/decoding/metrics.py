@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence as Several
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -121,6 +122,15 @@ def _count_up_to(counts: list[int], length: int) -> None:
 
 def _ratio(numerator: float, denominator: float) -> float:
     return numerator / denominator if denominator else 0.0
+
+
+def expected_tokens(acceptance: Any, k: Any) -> Any:
+    """Tokens of a round that drafts `k`, each accepted with the same chance a: (1 - a^(k + 1)) / (1 - a); arrays or numbers.
+
+    Leviathan et al. 2023, Fast Inference from Transformers via Speculative Decoding, arXiv 2211.17192, equation 1.
+    """
+    is_sure = np.greater_equal(acceptance, 1)
+    return np.where(is_sure, k + 1.0, (1 - acceptance ** (k + 1)) / np.where(is_sure, 1.0, 1 - acceptance))[()]
 
 
 def expected_length(runs: Several[np.ndarray], k: int) -> float:

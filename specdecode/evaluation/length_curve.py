@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from specdecode.decoding.metrics import expected_tokens
 from specdecode.evaluation.cells import cell_of, in_order
 from specdecode.evaluation.figures import Figure, num_tokens, ratio, seconds_of
 from specdecode.evaluation.records import Record
@@ -30,14 +31,6 @@ class LengthCurve:
     draft_ms: float
     verify_ms: float
     predicted: dict[int, float]
-
-
-def expected_tokens(acceptance: float, k: int) -> float:
-    """Tokens of a round that drafts `k`, each accepted with the same chance: (1 - a^(k + 1)) / (1 - a).
-
-    Leviathan et al. 2023, Fast Inference from Transformers via Speculative Decoding, arXiv 2211.17192, equation 1.
-    """
-    return k + 1.0 if acceptance >= 1 else (1 - acceptance ** (k + 1)) / (1 - acceptance)
 
 
 def length_curves(records: Iterable[Record], experiment: str = "ablation_K") -> list[LengthCurve]:

@@ -8,6 +8,7 @@ import numpy as np
 from pydantic import Field
 
 from specdecode.config import StrictModel
+from specdecode.decoding.metrics import expected_tokens
 from specdecode.errors import ConfigError
 from specdecode.routing.examples import Trial, arms_of, gather
 from specdecode.routing.features import HINT_NAMES, Features
@@ -137,8 +138,7 @@ def report(
 
 def predicted_speeds(acceptance: np.ndarray, k: int, round_times: np.ndarray) -> np.ndarray:
     """Tokens per second of each draft and of none, [arms + 1], from what is accepted and what a round of each takes."""
-    tokens = (1 - acceptance ** (k + 1)) / (1 - acceptance)
-    return np.append(tokens, 1.0) / round_times
+    return np.append(expected_tokens(acceptance, k), 1.0) / round_times
 
 
 def _round_times(trials: Several[Trial], arms: list[str]) -> np.ndarray:

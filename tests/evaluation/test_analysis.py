@@ -10,7 +10,7 @@ from specdecode.evaluation.analysis import acceptance_by_position, summarise
 from specdecode.evaluation.cells import ALL
 from specdecode.evaluation.changes import compare_runs
 from specdecode.evaluation.figures import speed_up
-from specdecode.evaluation.length_curve import expected_tokens, length_curves
+from specdecode.evaluation.length_curve import length_curves
 from specdecode.evaluation.records import Record
 from specdecode.evaluation.regret import routing
 from specdecode.evaluation.suite import Cell
@@ -119,14 +119,6 @@ def test_acceptance_by_position() -> None:
     assert acceptance_by_position([record("baseline", 0, 1.0), drafted(0, 1.0, 3), drafted(1, 1.0, 0)]) == {
         Cell("generic_draft", "generic", 3, 0.0, "rejection", 1): [0.5, 0.25, 0.0]
     }
-
-
-def test_expected_tokens_are_those_of_every_way_that_a_round_can_end() -> None:
-    for k in range(8):
-        ends = [(0.7**n * 0.3, n + 1) for n in range(k)] + [(0.7**k, k + 1)]  # rejected at n, or not at all
-        assert expected_tokens(0.7, k) == pytest.approx(sum(chance * tokens for chance, tokens in ends))
-    assert expected_tokens(1.0, 5) == 6
-    assert expected_tokens(0.0, 5) == 1
 
 
 def test_a_length_is_predicted_from_acceptance_and_times() -> None:
