@@ -161,9 +161,9 @@ def _is_packable(layer: nn.Module) -> bool:
     """Whether it is a plain linear layer in a dtype that the processor multiplies: float32, and bfloat16 where it has that."""
     if type(layer) is not nn.Linear:
         return False
-    return layer.weight.dtype == torch.float32 or (
-        layer.weight.dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
-    )
+    if layer.weight.dtype == torch.bfloat16:  # torch asks the processor, oneDNN what it is allowed to use of it
+        return bool(torch.cpu._is_avx512_bf16_supported() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return layer.weight.dtype == torch.float32
 
 
 def _turn(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
