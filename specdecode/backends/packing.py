@@ -48,7 +48,9 @@ class PackedAttention:
         self._module = module
         self._inputs = Product(module.q_proj, module.k_proj, module.v_proj)
         self._output = Product(module.o_proj)
-        self._widths = [layer.out_features // module.head_dim for layer in (module.q_proj, module.k_proj, module.v_proj)]
+        self._num_heads, self._num_kv_heads = (
+            layer.out_features // module.head_dim for layer in (module.q_proj, module.k_proj)
+        )
         self._norms = (module.q_norm, module.k_norm) if hasattr(module, "q_norm") else None
 
     def __call__(
@@ -69,7 +71,7 @@ class PackedAttention:
             options: what transformers passes on besides.
         """
         states = self._inputs(hidden_states).unflatten(-1, (-1, self._module.head_dim))  # [rows, num_new, heads, head_dim]
-        num_heads, num_kv_heads, _ = self._widths
+        num_heads, num_kv_heads = self._num_heads, self._num_kv_heads
         turned, value = states.split([num_heads + num_kv_heads, num_kv_heads], 2)
         if self._norms is not None:
             both = turned.split([num_heads, num_kv_heads], 2)
